@@ -1,0 +1,87 @@
+"""What the command lines share: help with real defaults, argument types, one-line errors, exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_OK, EXIT_REJECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the real default of every option, also of those whose help names none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or action.required:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser with our help format and no abbreviated options (a typo must not select another option)."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> None:
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message}\n")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main: user errors become one line on stderr and status 2, Ctrl-C status 130.
+
+    `python -X dev script.py` keeps the traceback.
+    """
+    try:
+        status = main() or EXIT_OK
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}", file=sys.stderr)
+        status = EXIT_USER_ERROR
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def positive_int(text: str) -> int:
+    """argparse type: integer >= 1."""
+    return _number(text, int, lambda value: value >= 1, "an integer >= 1")
+
+
+def non_negative_int(text: str) -> int:
+    """argparse type: integer >= 0."""
+    return _number(text, int, lambda value: value >= 0, "an integer >= 0")
+
+
+def positive_float(text: str) -> float:
+    """argparse type: finite number > 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number > 0")
+
+
+def non_negative_float(text: str) -> float:
+    """argparse type: finite number >= 0."""
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number >= 0")
+
+
+def fraction(text: str) -> float:
+    """argparse type: number in [0, 1)."""
+    return _number(text, float, lambda value: 0 <= value < 1, "a number in [0, 1)")
+
+
+def _number(text: str, kind: type, accepted: Callable, what: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accepted(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value
