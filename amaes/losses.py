@@ -1,0 +1,78 @@
+"""Losses, all computed in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+def reconstruction_loss(
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None, over: str = "all"
+) -> torch.Tensor:
+    """Mean squared error of a masked autoencoder.
+
+    Args:
+        prediction, target: (B, C, X, Y, Z).
+        mask: (B, 1, X, Y, Z), True = hidden; read unless `over` is "all".
+        over: the mean is over "all" voxels (arXiv 2408.00640), over the "masked" ones (He et al. 2022), or
+            "masked-parity": summed over masked voxels, divided by all of them, as the published code does.
+
+    Returns:
+        Scalar.
+    """
+    if over not in RECONSTRUCTION_MEANS:
+        raise ValueError(f"over {over!r} is unknown; accepted: {', '.join(RECONSTRUCTION_MEANS)}")
+    error = (prediction.float() - target.float()).square()
+    if over == "all":
+        return error.mean()
+    if mask is None:
+        raise ValueError(f"over {over!r} needs the mask")
+    hidden = mask.to(error.dtype)
+    total = (error * hidden).sum()
+    return total / (error.numel() if over == "masked-parity" else hidden.sum() * error.shape[1])
+
+
+RECONSTRUCTION_MEANS = ("all", "masked", "masked-parity")
+
+
+def dice_ce_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy plus soft Dice, weights 1 and 1 (arXiv 2408.00640, Sec. 4.2; background included, smoothing 1).
+
+    Dice is per sample and class over space, `(2 TP + 1) / (2 TP + FP + FN + 1 + 1e-8)` on softmax probabilities; its
+    mean is over samples and classes. The mean of the cross-entropy is over samples and voxels.
+
+    Args:
+        logits: (B, K, X, Y, Z).
+        label: (B, X, Y, Z), integers in [0, K).
+
+    Returns:
+        Scalar, at least -1.
+    """
+    log_p = F.log_softmax(logits.float(), dim=1)
+    label = label.long()
+    p = log_p.exp()
+    one_hot = torch.zeros_like(p).scatter_(1, label[:, None], 1.0)  # (B, K, X, Y, Z)
+    space = (2, 3, 4)
+    overlap = (p * one_hot).sum(space)  # TP, (B, K)
+    total = p.sum(space) + one_hot.sum(space)  # 2 TP + FP + FN
+    dice = (2 * overlap + 1) / (total + 1 + 1e-8)
+    return F.nll_loss(log_p, label) - dice.mean()
+
+
+def segmentation_loss(outputs: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor) -> torch.Tensor:
+    """`dice_ce_loss`, with deep supervision the mean over stages weighted 1, 1/2, 1/4, ... (finest first).
+
+    Args:
+        outputs: logits (B, K, X, Y, Z), or a list of them, finest first, each axis a whole fraction of the label's.
+        label: (B, X, Y, Z), integers; brought to the size of coarser logits by taking every n-th voxel.
+    """
+    if isinstance(outputs, torch.Tensor):
+        return dice_ce_loss(outputs, label)
+    weights = [0.5**i for i in range(len(outputs))]
+    losses = []
+    for logits in outputs:
+        step = [full // side for full, side in zip(label.shape[1:], logits.shape[2:], strict=True)]
+        losses.append(dice_ce_loss(logits, label[:, :: step[0], :: step[1], :: step[2]]))
+    return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)

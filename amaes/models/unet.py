@@ -1,0 +1,56 @@
+"""The plain U-Net encoder of AMAES (arXiv 2408.00640): "B" is 32 wide, "XL" 64."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NUM_STAGES = 5  # full resolution, then four halvings
+WIDTHS = {"unet_tiny": 8, "unet_b": 32, "unet_xl": 64}  # channels at full resolution; they double at each stage
+
+
+class ConvUnit(nn.Module):
+    """Convolution 3x3x3, instance norm, leaky ReLU of slope 0.01."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm = nn.InstanceNorm3d(out_channels, affine=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Not in place: instance norm returns a view, and changing a view in place makes autograd copy the whole of it.
+        return F.leaky_relu(self.norm(self.conv(x)), negative_slope=0.01)
+
+
+def conv_block(in_channels: int, out_channels: int, convs: int) -> nn.Sequential:
+    """`convs` units in a row, the first from `in_channels`; no residual connection."""
+    return nn.Sequential(*(ConvUnit(in_channels if i == 0 else out_channels, out_channels) for i in range(convs)))
+
+
+class UNet(nn.Module):
+    """U-Net encoder: two convolution units per stage, max pooling between stages.
+
+    Args:
+        in_channels: channels of the image.
+        width: channels at full resolution.
+
+    Attributes:
+        channels: of each stage, finest first.
+        strides: of each stage relative to the input, finest first.
+    """
+
+    def __init__(self, in_channels: int = 1, width: int = 32) -> None:
+        super().__init__()
+        self.channels = tuple(width * 2**i for i in range(NUM_STAGES))
+        self.strides = tuple(2**i for i in range(NUM_STAGES))
+        inputs = (in_channels, *self.channels[:-1])
+        self.stages = nn.ModuleList(conv_block(i, o, convs=2) for i, o in zip(inputs, self.channels, strict=True))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(B, C, X, Y, Z) to one feature map per stage, finest first: (B, channels[i], X/2^i, Y/2^i, Z/2^i)."""
+        features = []
+        for stage in self.stages:
+            x = stage(F.max_pool3d(x, 2) if features else x)
+            features.append(x)
+        return features

@@ -1,0 +1,64 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from amaes.losses import dice_ce_loss, reconstruction_loss, segmentation_loss
+
+
+def test_dice_and_cross_entropy_by_hand():
+    # One voxel of class 1 among four, logits that give p(1) = 0.8 there and 0.4 elsewhere.
+    p1 = torch.tensor([0.8, 0.4, 0.4, 0.4]).view(1, 1, 4, 1, 1)
+    logits = torch.cat([(1 - p1).log(), p1.log()], dim=1)
+    label = torch.tensor([1, 0, 0, 0]).view(1, 4, 1, 1)
+    entropy = -(math.log(0.8) + 3 * math.log(0.6)) / 4
+    dice1 = (2 * 0.8 + 1) / (2.0 + 1 + 1 + 1e-8)  # TP 0.8, sum p 2.0, one voxel
+    dice0 = (2 * 1.8 + 1) / (2.0 + 3 + 1 + 1e-8)
+    assert dice_ce_loss(logits, label).item() == pytest.approx(entropy - (dice0 + dice1) / 2, rel=1e-6)
+
+
+def test_a_perfect_prediction_reaches_minus_one():
+    label = torch.randint(0, 3, (2, 5, 6, 7))
+    logits = 50.0 * F.one_hot(label, 3).permute(0, 4, 1, 2, 3).float()
+    assert dice_ce_loss(logits, label).item() == pytest.approx(-1, abs=1e-5)
+
+
+def test_dice_is_a_mean_over_samples():
+    label = torch.randint(0, 2, (2, 4, 5, 6))
+    logits = torch.randn(2, 2, 4, 5, 6)
+    halves = [dice_ce_loss(logits[i : i + 1], label[i : i + 1]) for i in range(2)]
+    assert dice_ce_loss(logits, label).item() == pytest.approx(sum(h.item() for h in halves) / 2, rel=1e-5)
+
+
+def test_losses_are_computed_in_float32_under_autocast():
+    logits, label = torch.randn(1, 2, 4, 5, 6), torch.randint(0, 2, (1, 4, 5, 6))
+    plain = dice_ce_loss(logits.bfloat16().float(), label)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dice_ce_loss(logits.bfloat16(), label).item() == plain.item()
+
+
+def test_deep_supervision_weighs_stages_and_takes_every_nth_voxel():
+    label = torch.randint(0, 2, (1, 4, 8, 12))
+    fine, coarse = torch.randn(1, 2, 4, 8, 12), torch.randn(1, 2, 2, 4, 6)
+    expected = (dice_ce_loss(fine, label) + 0.5 * dice_ce_loss(coarse, label[:, ::2, ::2, ::2])) / 1.5
+    assert segmentation_loss([fine, coarse], label).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert segmentation_loss(fine, label).item() == dice_ce_loss(fine, label).item()
+
+
+def test_masked_loss_is_the_mean_over_hidden_voxels():
+    target, prediction = torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 2, 2, 2, 2)
+    mask = torch.zeros(1, 1, 2, 2, 2, dtype=torch.bool)
+    mask[..., 0] = True
+    prediction[..., 0], prediction[..., 1] = 2.0, 5.0
+    assert reconstruction_loss(prediction, target, mask, over="masked").item() == 4.0
+    assert reconstruction_loss(prediction, target, mask, over="masked-parity").item() == 2.0
+    assert reconstruction_loss(prediction, target).item() == 14.5
+
+
+def test_wrong_arguments_are_named():
+    x = torch.zeros(1, 1, 2, 2, 2)
+    with pytest.raises(ValueError, match="over 'some' is unknown"):
+        reconstruction_loss(x, x, over="some")
+    with pytest.raises(ValueError, match="needs the mask"):
+        reconstruction_loss(x, x, over="masked")
