@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 EXIT_OK, EXIT_REJECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -14,7 +14,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Prints the real default of every option, also of those whose help names none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False) or action.required:
+        if action.default is None or action.default is False or action.required:
             return action.help
         return super()._get_help_string(action)
 
@@ -42,7 +42,7 @@ def run(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {_one_line(error)}", file=sys.stderr)
         status = EXIT_USER_ERROR
     sys.stdout.flush()
     sys.exit(status)

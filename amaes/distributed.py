@@ -1,0 +1,109 @@
+"""Ranks under torchrun, or one process without it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `world`, `local_rank` of `local_world` on this machine, and its device."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def setup(device: str = "auto") -> Ranks:
+    """Join the process group that torchrun describes (gloo on the CPU, NCCL on CUDA); alone without torchrun.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" without a usable GPU, or more processes on this machine than GPUs.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    where = pick_device(device)
+    if where.type == "cuda":
+        if local_world > torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node {local_world}: this machine has {torch.cuda.device_count()} GPUs")
+        where = torch.device("cuda", local_rank)
+        torch.cuda.set_device(where)
+    if world > 1:
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return Ranks(rank, world, local_rank, local_world, where)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device auto|cpu|cuda`."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no usable GPU found; accepted here: auto, cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def wrap(network: nn.Module, ranks: Ranks, compiler: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, Callable]:
+    """The network to call in training: network, then DDP where there are ranks, then compilation.
+
+    Returns:
+        The wrapped network, and `gradients(sync)`, the context of a backward pass: False leaves out the all-reduce.
+    """
+    if ranks.world == 1:
+        return compiler(network), lambda sync: contextlib.nullcontext()
+    ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
+    parallel = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+    return compiler(parallel), lambda sync: contextlib.nullcontext() if sync else parallel.no_sync()
+
+
+def shutdown() -> None:
+    """Leave the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over all ranks, on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def from_main(value: object) -> object:
+    """Rank 0's `value` (plain data), on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: object) -> list:
+    """Every rank's `value` (plain data), in the order of ranks, on every rank."""
+    values: list = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values

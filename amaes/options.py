@@ -1,0 +1,135 @@
+"""Options that both training scripts have, and the checks that need no data."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from amaes import cli
+from amaes.backend import COMPILE_CHOICES, PRECISIONS
+from amaes.distributed import Ranks
+from amaes.models import ARCHITECTURES, build_encoder
+from amaes.optim import PRESETS, hyperparameters
+
+
+def add_model_options(parser: cli.Parser, arch: str) -> None:
+    """--arch, --preset, --patch-size and the hyper-parameters whose defaults the preset sets."""
+    add = parser.add_argument_group("network and optimizer").add_argument
+    add("--arch", choices=list(ARCHITECTURES), default=arch, help="network")
+    add("--preset", choices=list(PRESETS), default="appendix_r1", help="published values; sets the next four defaults")
+    add("--lr", type=cli.positive_float, help="base learning rate of AdamW")
+    add("--batch-size", type=cli.positive_int, help="global batch: patches per step over all ranks")
+    add("--weight-decay", type=cli.non_negative_float, help="of AdamW")
+    add("--amsgrad", action=argparse.BooleanOptionalAction, help="variant of AdamW")
+    add(
+        "--patch-size",
+        type=cli.positive_int,
+        nargs="+",
+        default="128",
+        metavar="N",
+        help="voxels: N for a cube, or X Y Z",
+    )
+    add(
+        "--accumulate", type=_accumulate, default="auto", metavar="N", help="micro-steps per step; auto: as memory asks"
+    )
+
+
+def _accumulate(text: str) -> int | str:
+    return text if text == "auto" else cli.positive_int(text)
+
+
+def add_run_options(parser: cli.Parser, out: str, save_every: int) -> None:
+    """Where the run goes, what it runs on, and what it writes."""
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, default=Path(out), metavar="RUN", help="folder of the run")
+    add("--resume", choices=["auto", "never"], default="auto", help="continue the run found in --out, or refuse it")
+    add("--overwrite", action="store_true", help="delete the run found in --out and start over")
+    add("--seed", type=cli.non_negative_int, default=0, help="of weights, order, crops, augmentation and masks")
+    add("--workers", type=cli.non_negative_int, default=2, help="processes per rank that read patches")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 autocast on CUDA, fp32 on the CPU")
+    add("--compile", choices=COMPILE_CHOICES, default="auto", help="torch.compile; auto: on CUDA where it works")
+    add("--log-every", type=cli.positive_int, default=10, metavar="STEPS", help="steps between lines of metrics.jsonl")
+    add("--save-every", type=cli.positive_int, default=save_every, metavar="STEPS", help="steps between checkpoints")
+    add("--keep", type=cli.positive_int, default=2, metavar="N", help="newest checkpoints that are kept")
+
+
+def parse(parser: cli.Parser, task: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; --arch and --preset set the published defaults first, so that --help shows them.
+
+    Args:
+        parser: has the options of `add_model_options`.
+        task: "pretrain" or "finetune".
+        argv: the command line without the program's name, by default this process's.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--arch", default=parser.get_default("arch"))
+    first.add_argument("--preset", default=parser.get_default("preset"))
+    try:
+        known, _ = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        parser.error(str(error))
+    if known.preset in PRESETS:
+        parser.set_defaults(**hyperparameters(known.preset, task, known.arch))
+    args = parser.parse_args(argv)
+    if isinstance(args.patch_size, int):  # the default, which argparse converts but does not wrap
+        args.patch_size = [args.patch_size]
+    if len(args.patch_size) not in (1, 3):
+        parser.error(f"--patch-size {_words(args.patch_size)}: {len(args.patch_size)} numbers, accepted: N or X Y Z")
+    args.patch_size = tuple(args.patch_size * 3 if len(args.patch_size) == 1 else args.patch_size)
+    return args
+
+
+def as_plain(args: argparse.Namespace) -> dict:
+    """The options as plain data, for config.json and checkpoints."""
+    plain = {}
+    for name, value in sorted(vars(args).items()):
+        plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def check_patch_size(patch_size: tuple[int, int, int], arch: str, token_size: int = 1) -> None:
+    """Refuse a patch that the network or the mask cannot divide, or that shrinks to one voxel.
+
+    Raises:
+        ValueError: names sizes that are accepted.
+    """
+    with torch.device("meta"):
+        stride = build_encoder(arch).strides[-1]
+    unit, least = math.lcm(stride, token_size), 2 * stride
+    for side in patch_size:
+        if side % unit or side < least:
+            below = max(side // unit, -(-least // unit)) * unit
+            raise ValueError(
+                f"--patch-size {_words(patch_size)}: {side} is not accepted; {arch} with tokens of {token_size} takes "
+                f"multiples of {unit} from {least} on, e.g. {below} or {below + unit}"
+            )
+
+
+def check_batch(batch_size: int, world: int, accumulate: int | str) -> None:
+    """Refuse a global batch that ranks and micro-steps cannot share out evenly."""
+    pieces = world * (1 if accumulate == "auto" else accumulate)
+    if batch_size % pieces:
+        shares = f"{world} ranks" + ("" if accumulate == "auto" else f" x --accumulate {accumulate}")
+        raise ValueError(
+            f"--batch-size {batch_size}: cannot be split over {shares}; accepted: multiples of {pieces}, "
+            f"e.g. {max(1, batch_size // pieces) * pieces}"
+        )
+
+
+def describe_batch(batch_size: int, accumulate: int, ranks: Ranks, steps: int) -> str:
+    """One line: how the global batch is cut."""
+    micro = batch_size // (ranks.world * accumulate)
+    return (
+        f"{steps} steps of {batch_size} patches = {ranks.world} ranks x {accumulate} micro-steps x {micro} "
+        f"on {ranks.device.type}"
+    )
+
+
+def _words(numbers: tuple[int, ...] | list[int]) -> str:
+    return " ".join(map(str, numbers))

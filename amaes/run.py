@@ -1,0 +1,364 @@
+"""The folder of a training run: its configuration, its metrics, and how long each part of a step takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import scipy
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import amaes
+from amaes import checkpoint, distributed
+from amaes.checkpoint import write_json
+from amaes.data import Store
+from amaes.options import as_plain
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# What may differ when a run is continued: none of it changes the sequence of patches, draws and masks.
+MAY_CHANGE = frozenset(
+    (
+        *("out", "data", "fold", "resume", "overwrite", "keep", "log_every", "save_every", "val_every"),
+        *("workers", "device", "compile", "accumulate"),
+    )
+)
+
+
+def open_run(folder: Path, options: dict, record: dict, resume: str = "auto", overwrite: bool = False) -> bool:
+    """Create the folder of a run, or check that a run found there is the same one.
+
+    Args:
+        folder: RUN.
+        options: every option of the script, by name.
+        record: further plain data for config.json (store fingerprint, splits, ...), compared as well.
+        resume: "auto" continues a run found there, "never" refuses it.
+        overwrite: delete what a run left there, and start over.
+
+    Returns:
+        Whether a run is being continued.
+
+    Raises:
+        ValueError: a run with other options is there (shows both values), the folder holds something else, or
+            `resume` is "never" and the folder is not empty.
+    """
+    path = folder / "config.json"
+    if overwrite and path.is_file():
+        _clear(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: a file, expected a folder")
+    started = {"time": _now(), "command": [Path(sys.executable).name, *sys.argv]}
+    if path.is_file():
+        if resume == "never":
+            raise ValueError(f"--out {folder}: holds a run already; take another folder, --overwrite, or --resume auto")
+        config = json.loads(path.read_text())
+        _compare(folder, config["options"], options)
+        _compare(folder, config["record"], json.loads(json.dumps(record)))
+        config["starts"].append(started)
+        write_json(path, config)
+        return True
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--out {folder}: not empty and not a run (no config.json); take another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"options": options, "record": record, "versions": versions(), "commit": commit(), "starts": [started]}
+    write_json(path, config)
+    return False
+
+
+def _clear(folder: Path) -> None:
+    for name in ("config.json", "metrics.jsonl", "summary.json", "summary.md"):
+        (folder / name).unlink(missing_ok=True)
+    for sub in (folder / "checkpoints", folder / "demo", *folder.glob("fold[0-9]*")):
+        shutil.rmtree(sub, ignore_errors=True)
+
+
+def _compare(folder: Path, old: dict, new: dict) -> None:
+    for name in sorted(set(old) | set(new)):
+        if name not in MAY_CHANGE and old.get(name) != new.get(name):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option} {new.get(name)}: the run in {folder} has {old.get(name)}; take another --out, or --overwrite"
+            )
+
+
+def checkpoint_content(
+    task: str,
+    step: int,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    store: Store,
+    build: dict,
+    args: argparse.Namespace,
+) -> dict:
+    """A checkpoint: weights, optimizer, what rebuilds the network, what prepares a scan, where it comes from."""
+    return {
+        "task": task,
+        "model": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "build": build,
+        "preprocess": store.config,
+        "channels": store.channels,
+        "labels": {str(value): name for value, name in store.labels.items()} if task == "segment" else {},
+        "patch_size": list(args.patch_size),
+        "provenance": {
+            "options": as_plain(args),
+            "store": store.fingerprint,
+            "versions": versions(),
+            "commit": commit(),
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that computes."""
+    return {
+        "amaes": amaes.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a class of its own, which a checkpoint must not hold
+        "cudnn": str(torch.backends.cudnn.version()),
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "nibabel": nibabel.__version__,
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source tree this package is in, "-dirty" added when files differ; None without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line. Lines past the step that a run continues from are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # a line cut short when the run was killed
+                    continue
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
+        self._path = path
+
+    def write(self, **values) -> None:
+        """Append one line; floats are kept to six significant digits."""
+        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Clock:
+    """Milliseconds per part of a step, measured without synchronising the device until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._host: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._steps = 0
+        self._wall = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Go on measuring from here; what was done since the last step does not count."""
+        self._began = self._last = time.perf_counter()
+        self._mark = self._record()
+
+    def lap(self, part: str, on_host: bool = False) -> None:
+        """Add the time since the last call to `part`; `on_host` for what the host waits for, on CUDA too."""
+        now, mark = time.perf_counter(), self._record()
+        if self._cuda and not on_host:
+            self._events.append((part, self._mark, mark))
+        else:
+            self._host[part] = self._host.get(part, 0.0) + now - self._last
+        self._last, self._mark = now, mark
+
+    def step(self) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        self._wall += now - self._began
+        self._began = now
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Mean milliseconds per step and part, and "wall" over all, since the last reading. Synchronises CUDA."""
+        parts = dict(self._host)
+        wall = self._wall
+        if self._cuda:
+            torch.cuda.synchronize()
+            for part, begin, end in self._events:
+                parts[part] = parts.get(part, 0.0) + begin.elapsed_time(end) / 1000
+            wall += time.perf_counter() - self._began  # the device finishes what the host has asked for
+        parts["wall"] = wall
+        means = {part: 1000 * seconds / max(1, self._steps) for part, seconds in parts.items()}
+        self._host, self._events, self._steps, self._wall = {}, [], 0, 0.0
+        self.start()
+        return means
+
+    def _record(self) -> torch.cuda.Event | None:
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def peak_gb(device: torch.device) -> float:
+    """Largest memory so far, GB: of the GPU, or of this process on the CPU (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return 0.0
+    kilo = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM as a flag, so that the step under way is finished and saved."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._requested:  # asked twice: stop at once
+            raise KeyboardInterrupt
+        self._requested = True
+
+    def agreed(self, step: int, every: int, ranks: distributed.Ranks) -> bool:
+        """Whether to stop after this step; several ranks must agree, which they do every `every` steps."""
+        if ranks.world == 1:
+            return self._requested
+        if step % every:
+            return False
+        return bool(distributed.sum_over_ranks(torch.tensor(float(self._requested), device=ranks.device)).item())
+
+
+def restore(
+    folder: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: distributed.Ranks,
+    log: Callable[[str], None],
+) -> int:
+    """Load the newest sound checkpoint of `folder` into network and optimizer, on every rank; the step it was made at.
+
+    Returns:
+        0 where there is none.
+    """
+    content, path, complaints = checkpoint.latest(folder) if ranks.is_main else (None, None, [])
+    for line in complaints:
+        log(line)
+    path = distributed.from_main(path)
+    if path is None:
+        return 0
+    if content is None:
+        content = checkpoint.read(path)
+    network.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    log(f"continuing at step {content['step']} from {path}")
+    return content["step"]
+
+
+class Progress:
+    """The loss so far, where the time goes, and the lines that say so: tqdm and `metrics.jsonl`, on rank 0.
+
+    Args:
+        folder: where metrics.jsonl is.
+        ranks: this process among all.
+        step, total: where the run begins and ends.
+        every: steps between lines.
+        batch_size: patches per step over all ranks.
+    """
+
+    def __init__(
+        self, folder: Path, ranks: distributed.Ranks, step: int, total: int, every: int, batch_size: int
+    ) -> None:
+        self._ranks, self._every, self._batch_size = ranks, every, batch_size
+        self._loss = torch.zeros((), device=ranks.device)
+        self._since = step
+        self._metrics = Metrics(folder / "metrics.jsonl", step) if ranks.is_main else None
+        self._total = total
+        self._terminal = ranks.is_main and sys.stderr.isatty()
+        self._said = 0.0  # when the last line went to a log file
+        self._bar = tqdm(total=total, initial=step, unit="step", disable=not self._terminal, dynamic_ncols=True)
+        self.clock = Clock(ranks.device)
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Count a (micro-)step's share of the loss, without waiting for the device."""
+        self._loss += loss.detach()
+
+    def report(self, step: int, lr: float, network: nn.Module) -> None:
+        """End a step; every so many, write the mean loss since the last line, gradient norm, speed and memory.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        self.clock.step()
+        self._bar.update()
+        if step % self._every:
+            return
+        loss = (distributed.sum_over_ranks(self._loss) / self._ranks.world / (step - self._since)).item()
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        parts = self.clock.read()
+        speed = 1000 * self._batch_size / parts["wall"]
+        self.write(
+            step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            patches_per_s=speed,
+            gb=peak_gb(self._ranks.device),
+            **{f"{part}_ms": value for part, value in parts.items()},
+        )
+        waiting = 100 * parts.get("data", 0.0) / parts["wall"]
+        line = f"loss {loss:.4f}, {speed:.1f} patches/s, waiting for data {waiting:.0f} %"
+        self._bar.set_postfix_str(line)
+        if self._ranks.is_main and not self._terminal and (time.monotonic() - self._said > 10 or step == self._total):
+            left = timedelta(seconds=round((self._total - step) * parts["wall"] / 1000))
+            tqdm.write(f"step {step} of {self._total}: {line}, {left} left")
+            self._said = time.monotonic()
+        self._loss = torch.zeros_like(self._loss)
+        self._since = step
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step}: the loss is {loss}; the last checkpoint before it is kept")
+
+    def write(self, **values) -> None:
+        """A line of metrics.jsonl, on rank 0."""
+        if self._metrics is not None:
+            self._metrics.write(**values)
+
+    def close(self) -> None:
+        """End the progress bar."""
+        self._bar.close()

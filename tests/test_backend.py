@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from amaes import backend
+from amaes.distributed import Ranks, pick_device
+from amaes.models import build_autoencoder
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0, 1, CPU)
+
+
+def test_precision():
+    assert not backend.use_bf16(CPU, "auto")
+    assert backend.use_bf16(CPU, "bf16")
+    assert backend.use_bf16(torch.device("cuda"), "auto")
+    assert not backend.use_bf16(torch.device("cuda"), "fp32")
+    with pytest.raises(ValueError, match="precision 'fp16' is unknown; accepted: auto, bf16, fp32"):
+        backend.use_bf16(CPU, "fp16")
+
+
+def test_compile_auto_is_eager_on_the_cpu_and_says_why():
+    wrap, why = backend.compiler(CPU, "auto")
+    network = torch.nn.Linear(1, 1)
+    assert wrap(network) is network
+    assert why == "eager (--compile auto compiles on CUDA only)"
+    with pytest.raises(ValueError, match="compile 'yes' is unknown"):
+        backend.compiler(CPU, "yes")
+
+
+def test_compile_falls_back_where_it_does_not_work(monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no Triton here\nmore")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ValueError, match=r"--compile on: torch.compile does not work here \(no Triton here\)"):
+        backend.compiler(CPU, "on")
+    monkeypatch.setattr(torch, "ones", lambda *args, **options: None)
+    wrap, why = backend.compiler(torch.device("cuda"), "auto")
+    assert wrap(3) == 3
+    assert why == "eager: torch.compile does not work here (no Triton here)"
+
+
+def test_saved_bytes_equal_what_autograd_keeps():
+    shape = (1, 1, 32, 48, 16)
+    with torch.device("meta"):
+        expected = backend.saved_bytes(build_autoencoder("unet_tiny"), shape)
+    network, kept = build_autoencoder("unet_tiny"), 0
+
+    def count(tensor):
+        nonlocal kept
+        kept += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        network(torch.rand(shape))
+    assert expected == pytest.approx(kept, rel=0.01)
+
+
+def test_micro_batches_shrink_until_they_fit(monkeypatch):
+    def build():
+        return build_autoencoder("unet_tiny")
+
+    with torch.device("meta"):
+        one = backend.saved_bytes(build(), (1, 1, 32, 32, 32))
+    fixed = 20 * sum(p.numel() for p in build().parameters())
+
+    def fit(free, total=1e15, batch=12, ranks=ALONE):
+        monkeypatch.setattr(backend, "memory_of", lambda device, local_world: (total, free))
+        return backend.fit_micro_batch(build, (32, 32, 32), batch, ranks, half=False)
+
+    assert fit(1e15) == 1
+    assert fit(fixed + 1.3 * 6 * one) == 2
+    assert fit(fixed + 1.3 * 4 * one) == 3
+    assert fit(0) == 12
+    assert fit(0, batch=12, ranks=Ranks(1, 4, 1, 4, CPU)) == 3
+    with pytest.raises(ValueError, match=r"--patch-size 32 32 32: one patch takes about .* GB, cpu has"):
+        fit(0, total=fixed)
+
+
+def test_memory_is_shared_by_the_ranks_of_a_machine():
+    total, free = backend.memory_of(CPU)
+    if total is None:
+        pytest.skip("this system does not tell its memory")
+    assert 0 < free <= total
+    assert backend.memory_of(CPU, local_world=2)[0] == pytest.approx(total / 2)
+
+
+def test_devices(monkeypatch):
+    assert pick_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == CPU
+    with pytest.raises(ValueError, match="--device cuda: no usable GPU found"):
+        pick_device("cuda")

@@ -1,0 +1,207 @@
+import io
+import os
+import pickle
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from amaes import checkpoint
+from amaes.models import build_autoencoder, build_segmenter
+
+
+def content(step=1, **more):
+    return {"task": "pretrain", "step": step, "model": {"w": torch.arange(4.0)}, "build": {"arch": "unet_tiny"}, **more}
+
+
+def test_what_is_saved_is_read_back_with_weights_only(tmp_path):
+    path = checkpoint.save(tmp_path / "checkpoints", content(step=7, labels={"0": "background"}), keep=2)
+    assert path.name == "step-7.pt"
+    back = torch.load(path, weights_only=True)
+    assert back["format"] == checkpoint.FORMAT
+    assert torch.equal(back["model"]["w"], torch.arange(4.0))
+    assert checkpoint.read(path)["labels"] == {"0": "background"}
+    assert '"file": "step-7.pt"' in (path.parent / "last.json").read_text()
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (2, 10, 9, 100):
+        checkpoint.save(tmp_path, content(step), keep=2)
+    assert [path.name for path in checkpoint.saved(tmp_path)] == ["step-100.pt", "step-10.pt"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    checkpoint.save(tmp_path, content(1), keep=3)
+    path = checkpoint.save(tmp_path, content(2, model={"w": torch.rand(10_000)}), keep=3)
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 0xFF  # a byte of a tensor: torch.load alone does not notice
+    path.write_bytes({"truncate": data[: len(data) // 2], "flip": data, "empty": b"", "text": b"hello"}[damage])
+    found, where, complaints = checkpoint.latest(tmp_path)
+    assert found["step"] == 1
+    assert where.name == "step-1.pt"
+    assert len(complaints) == 1
+    assert "step-2.pt: skipped" in complaints[0]
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert checkpoint.latest(tmp_path / "nothing") == (None, None, [])
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("writer", [pickle.dump, torch.save])
+def test_a_pickle_with_a_payload_is_refused_and_not_run(tmp_path, writer):
+    path = tmp_path / "evil.pt"
+    with path.open("wb") as file:
+        writer({"model": Touch(tmp_path / "pwned")}, file)
+    for reader in (checkpoint.read, checkpoint.load_segmenter, checkpoint.import_weights):
+        with pytest.raises(ValueError, match=r"evil\.pt: not a checkpoint"):
+            reader(path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        checkpoint.read(tmp_path / "none.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="holds a list"):
+        checkpoint.read(tmp_path / "list.pt")
+    torch.save({"a": 1}, tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match="holds no tensors"):
+        checkpoint.import_weights(tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match="format None"):
+        checkpoint.load_segmenter(tmp_path / "empty.pt")
+    path = checkpoint.save(tmp_path, content(), keep=1)
+    with pytest.raises(ValueError, match="task 'pretrain'; fine-tune it first"):
+        checkpoint.load_segmenter(path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(tmp_path):
+    checkpoint.save(tmp_path, content(1), keep=3)
+    code = (
+        "import resource, sys, torch; from pathlib import Path; from amaes import checkpoint\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "try:\n"
+        "    checkpoint.save(Path(sys.argv[1]), {'step': 2, 'model': {'w': torch.rand(100000)}}, keep=3)\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "step-2.pt: could not be written (File too large); what was saved before is untouched" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.json", "step-1.pt"]
+    assert checkpoint.latest(tmp_path)[0]["step"] == 1
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20000  # the limit was the child's
+
+
+# Weights into an encoder
+
+
+def saved(tmp_path, network, **more):
+    path = tmp_path / "weights.pt"
+    torch.save({"format": checkpoint.FORMAT, "model": network.state_dict(), **more}, path)
+    return path
+
+
+def test_an_encoder_takes_all_weights_and_the_decoder_stays(tmp_path):
+    source, target = build_autoencoder("unet_tiny"), build_segmenter("unet_tiny", num_classes=3)
+    before = {name: tensor.clone() for name, tensor in target.decoder.state_dict().items()}
+    report = checkpoint.load_encoder(target, saved(tmp_path, source))
+    for name, tensor in source.encoder.state_dict().items():
+        assert torch.equal(target.encoder.state_dict()[name], tensor)
+    for name, tensor in target.decoder.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert (len(report.loaded), report.adapted, report.new, report.coverage) == (40, [], [], 1.0)
+    assert len(report.ignored) == len(source.decoder.state_dict())
+    assert "100.0 %" in report.table()
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (1, 4), (2, 1), (4, 7)])
+def test_repeated_stem_gives_equal_channels_the_old_response(tmp_path, old, new):
+    source, target = build_autoencoder("unet_tiny", in_channels=old), build_segmenter("unet_tiny", in_channels=new)
+    report = checkpoint.load_encoder(target, saved(tmp_path, source))
+    assert report.adapted == ["stages.0.0.conv.weight"]
+    image = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        expected = source.encoder(image.expand(1, old, -1, -1, -1))
+        features = target.encoder(image.expand(1, new, -1, -1, -1))
+    assert all((a - b).abs().max() < 1e-4 for a, b in zip(expected, features, strict=True))
+
+
+def test_random_stem_is_left_alone(tmp_path):
+    target = build_segmenter("unet_tiny", in_channels=2)
+    before = target.encoder.stages[0][0].conv.weight.clone()
+    report = checkpoint.load_encoder(target, saved(tmp_path, build_autoencoder("unet_tiny")), stem="random")
+    assert report.new == ["stages.0.0.conv.weight"]
+    assert torch.equal(target.encoder.stages[0][0].conv.weight, before)
+    with pytest.raises(ValueError, match="stem 'first' is unknown; accepted: repeat, random"):
+        checkpoint.load_encoder(target, tmp_path / "weights.pt", stem="first")
+
+
+def test_another_architecture_is_refused_and_changes_nothing(tmp_path):
+    target = build_segmenter("unet_tiny")
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    path = saved(tmp_path, build_autoencoder("unet_b"))
+    with pytest.raises(ValueError, match=r"gives 0\.0 % of the encoder's parameters \(0 of 40 tensors\).*--arch"):
+        checkpoint.load_encoder(target, path, allow_partial=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+
+
+def test_part_of_an_encoder_needs_permission(tmp_path):
+    source, target = build_autoencoder("unet_tiny"), build_segmenter("unet_tiny")
+    part = {k: v for k, v in source.state_dict().items() if not k.startswith("encoder.stages.4.1")}
+    torch.save({"format": checkpoint.FORMAT, "model": part}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match="at least 95 %"):
+        checkpoint.load_encoder(target, tmp_path / "part.pt")
+    report = checkpoint.load_encoder(target, tmp_path / "part.pt", allow_partial=True)
+    assert 0 < report.coverage < 0.95
+    assert len(report.new) == 4
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "module.", "_orig_mod.", "model._orig_mod.", "module._orig_mod.model."]
+)
+@pytest.mark.parametrize("outer", [None, "state_dict", "model"])
+def test_published_names_are_recognised(tmp_path, prefix, outer):
+    keys = published_keys()
+    own = build_autoencoder("unet_tiny").state_dict()
+    shapes = {checkpoint.rename(key, checkpoint._AMAES_UNET): key for key in keys}
+    assert set(shapes) == set(own)
+    state = {prefix + shapes[name]: tensor for name, tensor in own.items()}
+    torch.save(state if outer is None else {outer: state, "epoch": 3}, tmp_path / "published.pth")
+    loaded = checkpoint.import_weights(tmp_path / "published.pth")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in own.items())
+    assert checkpoint.load_encoder(build_segmenter("unet_tiny"), tmp_path / "published.pth").coverage == 1.0
+
+
+def published_keys():
+    import pathlib
+
+    reference = np.load(pathlib.Path(__file__).parent / "data" / "unet_reference.npz", allow_pickle=False)
+    return [str(key) for key in reference["unet_f4_light_rec/keys"]]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(file: io.BufferedWriter) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"file: could not be written \(No space left on device\)"):
+        checkpoint.write_atomic(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,253 @@
+"""The training scripts, run as a user runs them: subprocesses, torchrun, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from amaes import checkpoint
+from tests.stores import make_store
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--arch", "unet_tiny", "--patch-size", "32", "--batch-size", "4", "--device", "cpu")
+
+
+def command(script, *options, ranks=1):
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launch, script, *map(str, options)]
+
+
+def run(script, *options, ranks=1, status=0):
+    done = subprocess.run(
+        command(script, *options, ranks=ranks), cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def weights(run_folder):
+    found, _, complaints = checkpoint.latest(Path(run_folder) / "checkpoints")
+    assert not complaints
+    return found["step"], found["model"]
+
+
+def assert_equal_weights(a, b):
+    (step_a, model_a), (step_b, model_b) = weights(a), weights(b)
+    assert step_a == step_b
+    assert all(torch.equal(model_a[name], model_b[name]) for name in model_a)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store") / "store", count=9, labels=True)
+
+
+@pytest.fixture(scope="module")
+def pretrained(store, tmp_path_factory):
+    """A pretraining run of 8 steps that nothing disturbed."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    run("train_pretrain.py", *pretrain_options(store, out, **{"--log-every": 1}))
+    return out
+
+
+def pretrain_options(store, out, **changed):
+    options = {
+        "--data": store,
+        "--steps": 8,
+        "--workers": 0,
+        "--log-every": 2,
+        "--save-every": 3,
+        "--out": out,
+    } | changed
+    return [*TINY, *(word for pair in options.items() for word in pair)]
+
+
+def test_pretraining_writes_what_the_contract_says(pretrained, store):
+    assert sorted(p.name for p in (pretrained / "checkpoints").iterdir()) == ["last.json", "step-6.pt", "step-8.pt"]
+    content = torch.load(pretrained / "checkpoints" / "step-8.pt", weights_only=True)
+    assert content["build"] == {"arch": "unet_tiny", "in_channels": 1, "decoder": "light", "skips": False}
+    assert content["patch_size"] == [32, 32, 32]
+    assert content["preprocess"]["normalization"] == "unit"
+    assert not any("module." in key or "_orig_mod" in key for key in content["model"])
+    losses = lines_of(pretrained)
+    assert [line["step"] for line in losses] == list(range(1, 9))
+    assert {"lr", "grad_norm", "data_ms", "augment_ms", "step_ms", "wall_ms", "patches_per_s", "gb"} <= set(losses[0])
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert '"val_loss"' in (pretrained / "metrics.jsonl").read_text()
+    config = json.loads((pretrained / "config.json").read_text())
+    assert config["options"]["arch"] == "unet_tiny"
+    splits = json.loads((store / "splits.json").read_text())["splits"]
+    assert any(name.startswith("pretrain") for name in splits)
+
+
+def test_workers_change_nothing(pretrained, store, tmp_path):
+    run("train_pretrain.py", *pretrain_options(store, tmp_path / "b", **{"--workers": 2}))
+    assert_equal_weights(pretrained, tmp_path / "b")
+
+
+def test_another_seed_changes_the_weights(pretrained, store, tmp_path):
+    run("train_pretrain.py", *pretrain_options(store, tmp_path / "b", **{"--seed": 1}))
+    assert not torch.equal(
+        weights(pretrained)[1]["decoder.heads.0.weight"], weights(tmp_path / "b")[1]["decoder.heads.0.weight"]
+    )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "the run ended too soon"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_run_continues_to_the_same_weights(pretrained, store, tmp_path):
+    out = tmp_path / "killed"
+    argv = command("train_pretrain.py", *pretrain_options(store, out))
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(out / "checkpoints" / "step-3.pt", process)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    done = run("train_pretrain.py", *pretrain_options(store, out))
+    assert "continuing at step" in done.stderr + done.stdout
+    assert_equal_weights(pretrained, out)
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_continues(pretrained, store, tmp_path, number):
+    out = tmp_path / "interrupted"
+    argv = command("train_pretrain.py", *pretrain_options(store, out, **{"--save-every": 1}))
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(out / "checkpoints" / "step-1.pt", process)
+    process.send_signal(number)
+    error = process.communicate(timeout=100)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert weights(out)[0] < 8
+    run("train_pretrain.py", *pretrain_options(store, out))
+    assert_equal_weights(pretrained, out)
+
+
+def test_two_ranks_and_accumulation_give_the_same_losses(pretrained, store, tmp_path):
+    run("train_pretrain.py", *pretrain_options(store, tmp_path / "two", **{"--log-every": 1}), ranks=2)
+    run("train_pretrain.py", *pretrain_options(store, tmp_path / "pieces", **{"--log-every": 1, "--accumulate": 4}))
+    one, *others = [lines_of(folder) for folder in (pretrained, tmp_path / "two", tmp_path / "pieces")]
+    for other in others:
+        for name in ("loss", "grad_norm"):  # the first step: equal sums in another order
+            assert other[0][name] == pytest.approx(one[0][name], rel=2e-5)
+        # Later ones: Adam makes full-sized updates of the rounding in gradients that are zero, e.g. of biases before a norm.
+        assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in one], rel=1e-3)
+
+
+def lines_of(folder):
+    return [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+def finetune_options(store, out, *more, steps=4):
+    options = ("--data", store, "--steps", steps, "--workers", 0, "--log-every", 2, "--folds", 2, "--train-cases", 3)
+    return [*TINY, *options, "--out", out, *more]
+
+
+def test_fine_tuning_trains_every_fold_from_the_pretrained_encoder(pretrained, store, tmp_path):
+    path = pretrained / "checkpoints" / "step-8.pt"
+    done = run("train_finetune.py", *finetune_options(store, tmp_path / "run", "--weights", path))
+    assert "loaded     40 tensors" in done.stdout + done.stderr
+    for fold in (0, 1):
+        folder = tmp_path / "run" / f"fold{fold}"
+        split = json.loads((folder / "config.json").read_text())
+        assert len(split["train"]) == 3
+        assert len(split["test"]) == 6
+        network, meta = checkpoint.load_segmenter(folder / "checkpoints" / "step-4.pt")
+        assert meta["labels"] == {"0": "background", "1": "one", "2": "two"}
+        assert network(torch.rand(1, 1, 32, 32, 32)).shape == (1, 3, 32, 32, 32)
+
+
+def test_scratch_and_fine_tuning_start_from_the_same_decoder(pretrained, store, tmp_path):
+    path = pretrained / "checkpoints" / "step-8.pt"
+    slow = ("--lr", "1e-30", "--weight-decay", "0", "--fold", "1", "--augment", "none")
+    run("train_finetune.py", *finetune_options(store, tmp_path / "a", "--weights", path, *slow, steps=1))
+    run("train_finetune.py", *finetune_options(store, tmp_path / "b", *slow, "--deep-supervision", steps=1))
+    run("train_finetune.py", *finetune_options(store, tmp_path / "c", *slow, steps=1))
+    assert not (tmp_path / "a" / "fold0").exists()
+    a, c = weights(tmp_path / "a" / "fold1")[1], weights(tmp_path / "c" / "fold1")[1]
+    assert all(torch.equal(a[name], c[name]) for name in a if name.startswith("decoder."))
+    assert any(not torch.equal(a[name], c[name]) for name in a if name.startswith("encoder."))
+    assert "decoder.heads.4.weight" in weights(tmp_path / "b" / "fold1")[1]
+
+
+def test_the_same_command_does_nothing_once_it_is_done(store, tmp_path):
+    options = finetune_options(store, tmp_path / "run", "--fold", 0, steps=1)
+    run("train_finetune.py", *options)
+    path = tmp_path / "run" / "fold0" / "checkpoints" / "step-1.pt"
+    before = path.stat().st_mtime_ns
+    run("train_finetune.py", *options)
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("train_pretrain.py", ("--arch", "nope"), "argument --arch: invalid choice: 'nope'"),
+        (
+            "train_pretrain.py",
+            ("--batch-size", "6", "--accumulate", "4"),
+            "--batch-size 6: cannot be split over 1 ranks",
+        ),
+        ("train_pretrain.py", ("--patch-size", "33"), "--patch-size 33 33 33: 33 is not accepted"),
+        ("train_pretrain.py", ("--patch-size", "1600"), "--patch-size 1600 1600 1600: one patch takes about"),
+        ("train_pretrain.py", ("--data", "nowhere"), "nowhere: no store there"),
+        ("train_pretrain.py", ("--device", "cuda"), "--device cuda: no usable GPU found"),
+        ("train_finetune.py", ("--weights", "none.pt"), "none.pt: no such checkpoint"),
+        ("train_finetune.py", ("--fold", "6"), "--fold 6: accepted: all, or 0 to 5"),
+        ("train_finetune.py", ("--train-cases", "50"), "--train-cases 50: "),
+        (
+            "train_finetune.py",
+            ("--arch", "unet_b", "--weights", "PRETRAINED"),
+            "gives 0.0 % of the encoder's parameters",
+        ),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(script, options, message, store, pretrained, tmp_path):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    options = [str(pretrained / "checkpoints" / "step-8.pt") if o == "PRETRAINED" else o for o in options]
+    given = ("--data", store, *TINY, "--steps", 1, "--out", tmp_path / "run", *options)
+    done = run(script, *given, status=2)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert message in lines[-1]
+    assert len(lines) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_conflicting_preprocessing_shows_both_values(pretrained, store, tmp_path):
+    other = make_store(tmp_path / "other", count=5, labels=True)
+    index = json.loads((other / "dataset.json").read_text())
+    index["config"]["spacing"] = [2.0, 1.0, 1.0]
+    (other / "dataset.json").write_text(json.dumps(index))
+    path = pretrained / "checkpoints" / "step-8.pt"
+    done = run("train_finetune.py", *finetune_options(other, tmp_path / "run", "--weights", path), status=2)
+    assert "pretrained on volumes with spacing [1.0, 1.0, 1.0]" in done.stderr
+    assert "[2.0, 1.0, 1.0]" in done.stderr
+
+
+def test_a_broken_case_is_named(store, tmp_path):
+    broken = make_store(tmp_path / "broken", count=4)
+    (broken / "cases" / "case02.npy").write_bytes(b"\x93NUMPY")
+    done = run("train_pretrain.py", *pretrain_options(broken, tmp_path / "run", **{"--workers": 1}), status=2)
+    assert "case case02" in done.stderr.splitlines()[-1]
+
+
+def test_no_environment_variable_is_needed(store, tmp_path):
+    clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    argv = command("train_pretrain.py", *pretrain_options(store, tmp_path / "run", **{"--steps": 1}))
+    subprocess.run(argv, cwd=ROOT, env=clean, check=True, capture_output=True)
