@@ -306,10 +306,12 @@ class Patches(Dataset):
         return counts / counts.sum() if len(counts) else counts, list(samples.values())
 
     def _fill(self, case: Case) -> float:
-        """The volume's minimum: 0, but for stores of another normalisation, which record it."""
-        if self.store.config["normalization"] == "unit":
+        """The volume's minimum: 0, but in stores of another normalisation."""
+        mode = self.store.config["normalization"]
+        if mode == "unit":
             return 0.0
-        return float(self.store.properties(case.id)["minimum"])
+        channels = self.store.properties(case.id)["intensity"]
+        return min((c["min"] - c["mean"]) / c["std"] if mode == "zscore" else c["min"] for c in channels)
 
 
 CROPS = ("window", "patch")

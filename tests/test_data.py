@@ -207,7 +207,7 @@ def test_image_and_label_come_from_the_same_place(store):
 def test_zscored_stores_are_padded_with_their_minimum(store):
     edit(store, lambda c: c["config"].update(normalization="zscore"))
     path = store.path / "cases" / "case02.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"minimum": -1.5}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intensity": [{"min": 2, "mean": 8, "std": 4}]}))
     item = Patches(Store(store.path), (32, 32, 32))[(0, 2)]
     assert (item["image"][:, :6] == -1.5).all()
 

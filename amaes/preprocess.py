@@ -1,0 +1,415 @@
+"""From NIfTI files to arrays: turn to RAS, crop to the foreground, scale to [0, 1], resample to 1 mm.
+
+    python -m amaes.preprocess --images DIR [--labels DIR] --out STORE
+
+The order is that of the published pipeline (Munk et al. 2024, arXiv 2408.00640): crop, then intensities, then spacing.
+`preprocess_case` does one case and writes nothing; `amaes.batch` does a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from amaes import normalize, resample
+from amaes.cli import Parser, non_negative_int, positive_float, positive_int, run
+from amaes.inputs import Channel, Reading, read_channels, read_label
+from amaes.nifti import Header, RejectedInput
+
+FORMAT = "amaes-preproc-1"
+CHOICES = {
+    "normalization": normalize.MODES,
+    "crop_from": ("union", "first"),
+    "label_resampling": ("nearest", "onehot_linear"),
+    "missing_channel": ("error", "zeros"),
+    "on_geometry_mismatch": ("reject", "resample"),
+    "dtype": ("float32", "float16"),
+}
+MAX_SIDE, MAX_VOXELS = 1024, 512**3  # voxels after resampling
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything the arrays depend on, and `verify`.
+
+    Attributes:
+        spacing: voxel size of the arrays, mm.
+        normalization: "unit" = [0, 1], what networks here expect; "zscore"; "none".
+        crop_from: box around the foreground of all channels ("union") or of the first.
+        crop_extra_plane: one plane more at the upper end of each axis, as in the published pipeline.
+        label_resampling: "nearest" or "onehot_linear".
+        missing_channel: "error", or "zeros" in its place.
+        on_geometry_mismatch: "reject", or "resample" channels and label onto the grid of the first channel.
+        background_to_min: give the most frequent value the minimum where there are negative values.
+        strict_orientation: refuse files whose orientation codes are 0.
+        assume_ras: take stored axes as RAS where the affine is singular.
+        min_axis: fewest voxels of a stored axis.
+        verify: check the CRC of gzip files; not part of the hash, as it changes no array.
+        dtype: of the stored images.
+        label_map: old label value to new.
+    """
+
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    normalization: str = "unit"
+    crop_from: str = "union"
+    crop_extra_plane: bool = False
+    label_resampling: str = "nearest"
+    missing_channel: str = "error"
+    on_geometry_mismatch: str = "reject"
+    background_to_min: bool = False
+    strict_orientation: bool = False
+    assume_ras: bool = False
+    min_axis: int = 3
+    verify: bool = False
+    dtype: str = "float32"
+    label_map: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(accepted)}")
+        if len(self.spacing) != 3 or not all(0 < value < math.inf for value in self.spacing):
+            raise ValueError(f"spacing must be three lengths in mm above 0, found {self.spacing}")
+        if self.min_axis < 1:
+            raise ValueError(f"min_axis must be at least 1, found {self.min_axis}")
+        if not all(0 <= value <= 255 for value in self.label_map.values()):
+            raise ValueError(f"label_map must lead to values in 0..255, found {self.label_map}")
+
+    def as_dict(self) -> dict:
+        """Plain data, the same after a turn through JSON."""
+        plain = dataclasses.asdict(self)
+        labels = {str(old): new for old, new in sorted(self.label_map.items())}
+        return {**plain, "spacing": [float(value) for value in self.spacing], "label_map": labels}
+
+    @classmethod
+    def from_dict(cls, content: Mapping) -> Config:
+        """The inverse of `as_dict`; ValueError names an unknown field."""
+        if unknown := sorted(set(content) - {item.name for item in dataclasses.fields(cls)}):
+            raise ValueError(f"preprocessing configuration: unknown field {', '.join(unknown)}")
+        content = dict(content)
+        if "spacing" in content:
+            content["spacing"] = tuple(content["spacing"])
+        if "label_map" in content:
+            content["label_map"] = {int(old): int(new) for old, new in content["label_map"].items()}
+        return cls(**content)
+
+    def reading(self) -> Reading:
+        """The part that concerns reading."""
+        options = {"verify": self.verify, "strict": self.strict_orientation, "assume_ras": self.assume_ras}
+        return Reading(self.min_axis, self.on_geometry_mismatch, options)
+
+    def hash(self) -> str:
+        """16 hexadecimal digits that differ where arrays may differ."""
+        content = {name: value for name, value in self.as_dict().items() if name != "verify"}
+        text = json.dumps([FORMAT, content], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A preprocessed case.
+
+    Attributes:
+        image: (C, X, Y, Z) float32, RAS+.
+        label: (X, Y, Z) uint8, or None.
+        properties: plain data: the file's geometry, crop, shapes and statistics; what the way back needs.
+    """
+
+    image: np.ndarray
+    label: np.ndarray | None
+    properties: dict
+
+
+def preprocess_case(
+    images: Sequence[str | Path | None],
+    config: Config,
+    label: str | Path | None = None,
+    *,
+    case_id: str = "",
+    channels: Sequence[str] = (),
+    classes: Sequence[int] = (),
+) -> Case:
+    """Read, check, turn, crop, scale and resample one case.
+
+    Args:
+        images: one file per channel (None = missing, allowed with missing_channel "zeros"), or one 4-D file where
+            `channels` names several.
+        config: how.
+        label: label file, or None.
+        case_id: goes into the properties.
+        channels: names; by default image, or channel_0, channel_1, ...
+        classes: accepted label values, those of the file; empty = 0..255.
+
+    Raises:
+        RejectedInput: the case cannot be used; `code` is the reason.
+    """
+    names = list(channels) or (["image"] if len(images) == 1 else [f"channel_{k}" for k in range(len(images))])
+    paths = [None if path is None else Path(path) for path in images]
+    how, warnings = config.reading(), []
+    members = read_channels(_checked(paths, names, config), len(names), how, warnings)
+    first = next(member.header for member in members if member is not None)
+    box = _crop_box(members, config)
+    crop = tuple(slice(start, stop) for start, stop in box)
+    cropped = [stop - start for start, stop in box]
+    shape = resample.target_shape(cropped, first.ras_spacing, config.spacing)
+    if max(shape) > MAX_SIDE or math.prod(shape) > MAX_VOXELS:
+        limit = f"at most {MAX_SIDE} voxels per axis and {MAX_VOXELS} in all after resampling"
+        raise RejectedInput("implausible_spacing", first.path, f"expected {limit}, found {' x '.join(map(str, shape))}")
+    target, facts = None, {"label_values": [], "label_counts": {}, "label_voxels_outside_crop": 0}
+    if label is not None:  # before the images' arithmetic, which a bad label would waste
+        whole = read_label(Path(label), first, classes, config.label_map, how, warnings)
+        facts = _label_facts(whole, crop, Path(label), warnings)
+        target = resample.resample_labels(whole[crop], shape, config.label_resampling)
+    image = np.zeros((len(names), *shape), dtype=np.float32)
+    intensity = []
+    for k, member in enumerate(members):
+        if member is not None:
+            image[k], statistics = _scaled(member, crop, shape, config, warnings)
+        intensity.append(None if member is None else statistics)
+    properties = {
+        "format": FORMAT,
+        "id": case_id,
+        "source_files": [None if path is None else str(path) for path in images],
+        "label_file": None if label is None else str(Path(label).absolute()),  # found from any working folder
+        "channels": names,
+        **_geometry(first),
+        "crop_box": box,
+        "cropped_shape": cropped,
+        "target_spacing": [float(value) for value in config.spacing],
+        "resampled_shape": list(shape),
+        "intensity": intensity,
+        **facts,
+        "warnings": warnings,
+        "config_hash": config.hash(),
+    }
+    return Case(image, target, properties)
+
+
+def _checked(paths: list[Path | None], names: Sequence[str], config: Config) -> list[Path | None]:
+    present = [path for path in paths if path is not None]
+    if not present or len(paths) not in (1, len(names)):
+        raise ValueError(f"{len(names)} channels ({' '.join(names)}) need as many files or one, found {len(present)}")
+    if len(present) < len(paths) and config.missing_channel == "error":
+        missing = " ".join(name for name, path in zip(names, paths, strict=True) if path is None)
+        raise RejectedInput("missing_channel", present[0], f"expected channels {' '.join(names)}, missing {missing}")
+    return paths
+
+
+def _crop_box(members: Sequence[Channel | None], config: Config) -> list[list[int]]:
+    """[[start, stop], ...]: around the foreground of all channels, or of the first."""
+    boxes = []
+    for member in members:
+        if member is None:
+            continue
+        try:
+            boxes.append(normalize.foreground_box(member.volume))
+        except normalize.Unusable as error:
+            raise RejectedInput(error.code, member.path, str(error)) from error
+    used = boxes[:1] if config.crop_from == "first" else boxes
+    shape = next(member.volume.shape for member in members if member is not None)
+    extra = int(config.crop_extra_plane)
+    return [
+        [min(box[axis][0] for box in used), min(max(box[axis][1] for box in used) + extra, shape[axis])]
+        for axis in range(3)
+    ]
+
+
+def _scaled(
+    member: Channel, crop: tuple[slice, ...], shape: Sequence[int], config: Config, warnings: list[str]
+) -> tuple[np.ndarray, dict]:
+    """Crop, scale and resample one channel; its statistics."""
+    volume = member.volume[crop]
+    if volume.min() < 0:
+        background = normalize.most_frequent(volume)
+        if background != volume.min():
+            values = f"most frequent value {background:g}, minimum {volume.min():g}"
+            warnings.append(f"background_not_min: {member.path.name}: {values}; see --background-to-min")
+            if config.background_to_min:
+                volume = np.where(volume == background, volume.min(), volume)
+    try:
+        scaled, statistics = normalize.normalize(volume, config.normalization)
+    except normalize.Unusable as error:
+        raise RejectedInput(error.code, member.path, str(error)) from error
+    result = resample.resample_image(scaled, shape)
+    low, high = (0.0, 1.0) if config.normalization == "unit" else (-np.finfo("f4").max, np.finfo("f4").max)
+    assert low <= result.min() <= result.max() <= high  # false for NaN as well
+    return result, {**statistics, "n_nonfinite": member.n_nonfinite}
+
+
+def _label_facts(label: np.ndarray, crop: tuple[slice, ...], path: Path, warnings: list[str]) -> dict:
+    counts = np.bincount(label.ravel())
+    outside = int(counts[1:].sum()) - int(np.count_nonzero(label[crop]))
+    if outside:
+        warnings.append(
+            f"label_outside_crop: {path.name}: {outside} label voxels lie outside the image's foreground box"
+        )
+    values = [int(value) for value in np.flatnonzero(counts)]
+    return {
+        "label_values": values,
+        "label_counts": {str(value): int(counts[value]) for value in values if value},
+        "label_voxels_outside_crop": outside,
+    }
+
+
+def _geometry(header: Header) -> dict:
+    """What the way back to the file's grid needs."""
+    affine = [[float(value) if math.isfinite(value) else None for value in row] for row in header.affine]
+    return {
+        "original_shape": list(header.shape[:3]),
+        "original_affine": affine,
+        "sform_code": header.sform_code,
+        "qform_code": header.qform_code,
+        "orientation_trusted": header.trusted,
+        "original_orientation": header.orientation,
+        "ras_ornt": header.ornt.tolist(),
+        "ras_shape": list(header.ras_shape),
+        "ras_spacing": list(header.ras_spacing),
+        "header": header.fields,
+    }
+
+
+def _label_mapping(text: str) -> tuple[int, int]:
+    """argparse type: OLD:NEW."""
+    old, separator, new = text.partition(":")
+    try:
+        pair = int(old), int(new)
+    except ValueError:
+        separator = ""
+    if not separator or not 0 <= pair[1] <= 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OLD:NEW, two whole numbers, the new one in 0..255")
+    return pair
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m amaes.preprocess", description="Turn NIfTI files into arrays for training.")
+    source = parser.add_argument_group("input")
+    source.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of .nii and .nii.gz files, searched in depth"
+    )
+    source.add_argument("--labels", type=Path, metavar="DIR", help="folder of labels named like the images")
+    source.add_argument(
+        "--label-name", metavar="NAME", help="labels lie beside the images, called NAME, *_NAME or *-NAME"
+    )
+    source.add_argument(
+        "--channels",
+        nargs="+",
+        metavar="NAME",
+        help="files of a folder called NAME, *_NAME or *-NAME are one case",
+    )
+    source.add_argument(
+        "--subject",
+        metavar="REGEX",
+        help="subject of an id: group 'subject' or the first (default: sub-XXX, else first folder, else the id)",
+    )
+    source.add_argument(
+        "--missing-channel", choices=CHOICES["missing_channel"], default="error", help="a case without all channels"
+    )
+    source.add_argument(
+        "--label-map", nargs="+", type=_label_mapping, metavar="OLD:NEW", help="label values to replace"
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "--out", type=Path, required=True, metavar="STORE", help="folder to write; what is done there is kept"
+    )
+    out.add_argument("--overwrite", action="store_true", help="redo cases that are done, and accept other settings")
+    out.add_argument("--dtype", choices=CHOICES["dtype"], default="float32", help="of the images on disk")
+    how = parser.add_argument_group("preprocessing")
+    how.add_argument(
+        "--spacing",
+        nargs=3,
+        type=positive_float,
+        default=[1.0, 1.0, 1.0],
+        metavar=("X", "Y", "Z"),
+        help="voxel size, mm",
+    )
+    how.add_argument(
+        "--normalization",
+        choices=CHOICES["normalization"],
+        default="unit",
+        help="unit: [0, 1], which the networks expect",
+    )
+    how.add_argument(
+        "--crop-from", choices=CHOICES["crop_from"], default="union", help="channels whose foreground sets the box"
+    )
+    how.add_argument(
+        "--crop-extra-plane", action="store_true", help="one plane more per axis, as in the published pipeline"
+    )
+    how.add_argument("--label-resampling", choices=CHOICES["label_resampling"], default="nearest", help="of labels")
+    how.add_argument(
+        "--background-to-min",
+        action="store_true",
+        help="with negative values: set the most frequent value to the minimum",
+    )
+    bad = parser.add_argument_group("doubtful input")
+    bad.add_argument("--verify", action="store_true", help="check the CRC of gzip files")
+    bad.add_argument(
+        "--on-geometry-mismatch",
+        choices=CHOICES["on_geometry_mismatch"],
+        default="reject",
+        help="channels or label on another grid than the first channel",
+    )
+    bad.add_argument("--strict-orientation", action="store_true", help="reject files with sform and qform code 0")
+    bad.add_argument("--assume-ras", action="store_true", help="take stored axes as RAS where the affine is singular")
+    bad.add_argument("--min-axis", type=positive_int, default=3, help="fewest voxels per stored axis")
+    bad.add_argument("--fail-fast", action="store_true", help="stop at the first rejected or failed input")
+    bad.add_argument("--allow-rejects", action="store_true", help="exit with status 0 although inputs were rejected")
+    parser.add_argument(
+        "--workers", type=non_negative_int, default=available_cores(), help="processes, one core each; 0: this one"
+    )
+    return parser.parse_args(argv)
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    from amaes import batch
+    from amaes.collect import collect
+
+    args = parse_options(argv)
+    config = Config(
+        label_map=dict(args.label_map or ()),
+        spacing=tuple(args.spacing),
+        **{
+            item.name: getattr(args, item.name)
+            for item in dataclasses.fields(Config)
+            if item.name not in ("label_map", "spacing")
+        },
+    )
+    collection = collect(  # the one place that decides what the cases are
+        args.images,
+        args.labels,
+        channels=args.channels or (),
+        label_name=args.label_name,
+        subject=args.subject,
+        missing_channel=args.missing_channel,
+    )
+    result = batch.write_store(
+        collection,
+        args.out,
+        config,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        fail_fast=args.fail_fast,
+        progress=True,
+    )
+    sys.stdout.write(result.summary())
+    return result.status(args.allow_rejects)
+
+
+if __name__ == "__main__":
+    from amaes.preprocess import main as imported  # not this copy: classes of worker processes must be the same
+
+    run(imported)
