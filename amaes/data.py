@@ -311,7 +311,8 @@ class Patches(Dataset):
         if mode == "unit":
             return 0.0
         channels = self.store.properties(case.id)["intensity"]
-        return min((c["min"] - c["mean"]) / c["std"] if mode == "zscore" else c["min"] for c in channels)
+        lows = [(c["min"] - c["mean"]) / c["std"] if mode == "zscore" else c["min"] for c in channels if c]
+        return min(lows)
 
 
 CROPS = ("window", "patch")
