@@ -1,0 +1,334 @@
+"""Predict the test cases of every fold, measure them, write the table; with two runs, compare them case by case.
+
+    python evaluate.py RUN [RUN ...]
+
+The same command again uses the predictions that are there. Read it from top to bottom: options, runs, folds, cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from amaes import checkpoint, cli, metrics, nifti, results
+from amaes.backend import use_bf16
+from amaes.data import Store
+from amaes.distributed import pick_device
+from amaes.inference import argmax_labels, restore_labels, sliding_window
+from amaes.inputs import read_label
+from amaes.predict import add_inference_options, file_values, inference_options, reason
+from amaes.preprocess import Config
+
+DEFAULT_METRICS = ["dice", "hd95", "surface_dice", "volume_difference"]
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(
+        description="Dice of every fold of a run on its test cases; further runs are compared with the first, case by "
+        "case. Writes RUN/fold<k>/predictions and results.json, RUN/summary.json and summary.md."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder written by train_finetune.py")
+    parser.add_argument("--data", type=Path, metavar="STORE", help="store of the cases (default: the one trained on)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all summaries and comparisons there")
+    group = parser.add_argument_group("metrics")
+    group.add_argument(
+        "--metrics", nargs="+", choices=list(metrics.METRICS), default=DEFAULT_METRICS, metavar="NAME",
+        help=f"Dice always, and any of {', '.join(metrics.METRICS)}",
+    )  # fmt: skip
+    group.add_argument("--tau", type=cli.positive_float, default=1.0, help="tolerance of the surface Dice, mm")
+    group.add_argument(
+        "--empty", choices=metrics.EMPTY, default="nan", help="score of a class that neither map has; nan: left out"
+    )
+    group.add_argument(
+        "--space", choices=list(SPACES), default="native",
+        help="native: on the scans' grids, against the label files as they are; store: against the preprocessed labels",
+    )  # fmt: skip
+    group.add_argument(
+        "--missing", choices=["error", "zero"], default="error",
+        help="a case that cannot be predicted is left out of the means, or counts as empty; it is listed in any case",
+    )  # fmt: skip
+    add_inference_options(parser.add_argument_group("prediction"))
+    args = parser.parse_args(argv)
+    args.metrics = list(dict.fromkeys(["dice", *args.metrics]))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_options(argv)
+    device = pick_device(args.device)
+
+    # What is missing shows before any work.
+    runs, complaints = [], []
+    for path in args.runs:
+        folds, unfinished = find_folds(path)
+        store = Store(args.data or options_of(path)["data"])
+        check_cases(store, folds, args.space)
+        runs.append((path, store, folds))
+        complaints += unfinished
+
+    # Every run alone
+    evaluated, text = [], []
+    for path, store, folds in runs:
+        scored = [evaluate_fold(fold, store, args, device) for fold in folds]
+        complaints += [
+            f"{path}/fold{f['fold']}: {case['id']}: {case['message']}" for f in scored for case in f["failed"]
+        ]
+        summary = {
+            "format": "amaes-summary-1", "run": str(path), "store": {"path": str(store.path), "id": store.fingerprint},
+            "settings": scored[0]["settings"], "checkpoints": [fold["checkpoint"] for fold in scored],
+            "labels": {str(value): name for value, name in store.labels.items()}, **results.summarise(scored),
+        }  # fmt: skip
+        text.append(results.run_tables(str(path), summary, summary["labels"], describe(summary)))
+        checkpoint.write_json(path / "summary.json", results.plain(summary))
+        write_text(path / "summary.md", text[-1])
+        evaluated.append((path, summary, scored))
+
+    # The first against each of the others
+    comparisons = []
+    first_path, first_summary, first = evaluated[0]
+    for path, summary, scored in evaluated[1:]:
+        rows = results.compare(first, scored)
+        comparisons.append({"first": str(first_path), "second": str(path), "dice": rows})
+        titles = (str(first_path), str(path))
+        text.append(results.comparison_tables(titles, (first_summary, summary), rows, summary["labels"]))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        content = {"runs": [summary for _, summary, _ in evaluated], "comparisons": comparisons}
+        checkpoint.write_json(args.json, results.plain(content))
+
+    print("\n".join(text), flush=True)
+    for line in complaints:
+        print(line, file=sys.stderr)
+    return cli.EXIT_REJECTED if complaints else cli.EXIT_OK
+
+
+def evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: torch.device) -> dict:
+    """Predict and measure the test cases of a fold; predictions and results.json go into its folder."""
+    model, meta = checkpoint.load_segmenter(fold.checkpoint, device)
+    check_preprocessing(fold, meta, store)
+    identity = {"file": fold.checkpoint.name, "step": meta["step"], "sha256": sha256(fold.checkpoint)}
+    made_by = {
+        "checkpoint": identity["sha256"], "store": store.fingerprint, "space": args.space, "overlap": args.overlap,
+        "tta": args.tta, "precision": "bf16" if use_bf16(device, args.precision) else "fp32",
+    }  # fmt: skip
+    space = SPACES[args.space](store, open_predictions(fold.folder, made_by))
+
+    cases, failed = [], {}
+    for id in tqdm(fold.test, desc=str(fold.folder), unit="case", disable=None):
+        try:  # one case must not end the others
+            reference = space.reference(id)
+            try:
+                if not space.path(id).is_file():
+                    logits = sliding_window(model, store.image(id), meta["patch_size"], **inference_options(args))
+                    space.save(id, logits, store.properties(id))
+                prediction = space.prediction(id, reference)
+            except Exception as error:
+                if args.missing == "error":
+                    raise
+                failed[id] = reason(error)
+                prediction = np.zeros_like(reference.labels)
+            classes = metrics.measure_case(
+                prediction, reference.labels, meta["build"]["num_classes"], reference.spacing, args.metrics, args.empty,
+                tau=args.tau,
+            )  # fmt: skip
+            cases.append({"id": id, "classes": classes, "warnings": reference.warnings})
+        except Exception as error:
+            failed[id] = reason(error)
+
+    means = results.fold_means(cases)
+    settings = {**made_by, "metrics": args.metrics, "tau": args.tau, "empty": args.empty, "missing": args.missing}
+    content = {
+        "format": "amaes-results-1", "fold": fold.number, "checkpoint": identity, "settings": settings,
+        "config_hash": Config.from_dict(store.config).hash(), "dice": results.fold_score(means), "classes": means,
+        "cases": cases, "failed": [{"id": id, "message": message} for id, message in failed.items()],
+    }  # fmt: skip
+    checkpoint.write_json(fold.folder / "results.json", results.plain(content))
+    return content
+
+
+# Folds ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fold:
+    """RUN/fold<number>, trained to the end: its checkpoint and the ids it is tested on."""
+
+    number: int
+    folder: Path
+    checkpoint: Path
+    test: list[str]
+
+
+def options_of(run: Path) -> dict:
+    """The options that a run was made with."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run}: not a run of train_finetune.py (no config.json there)")
+    return json.loads(path.read_text())["options"]
+
+
+def find_folds(run: Path) -> tuple[list[Fold], list[str]]:
+    """The folds of a run that are trained to the end, and a line for each that is not.
+
+    Raises:
+        FileNotFoundError, ValueError: not a run, or no fold is finished.
+    """
+    steps = options_of(run)["steps"]
+    folders = {int(path.name[4:]): path for path in run.glob("fold*") if path.is_dir() and path.name[4:].isdecimal()}
+    folds, unfinished = [], []
+    for number, folder in sorted(folders.items()):
+        saved = checkpoint.saved(folder / "checkpoints")
+        step = int(saved[0].stem.removeprefix("step-")) if saved else 0
+        if step == steps:
+            test = json.loads((folder / "config.json").read_text())["test"]
+            folds.append(Fold(number, folder, saved[0], test))
+        else:
+            unfinished.append(f"{folder}: at step {step} of {steps}, left out")
+    if not folds:
+        found = "; ".join(unfinished) or "no folder fold<k> there"
+        raise ValueError(f"{run}: no finished fold ({found}); train_finetune.py makes them")
+    return folds, unfinished
+
+
+def check_cases(store: Store, folds: list[Fold], space: str) -> None:
+    """Refuse a store that lacks test cases and, in native space, missing label files.
+
+    Raises:
+        FileNotFoundError, ValueError: names the first such case.
+    """
+    for id in sorted({id for fold in folds for id in fold.test}):
+        if store.index(id) >= 0 and space == "native":
+            label_file = store.properties(id).get("label_file")
+            if label_file is None or not Path(label_file).is_file():
+                raise FileNotFoundError(
+                    f"case {id}: its label file {label_file} is not there; --space store takes the preprocessed labels"
+                )
+
+
+def check_preprocessing(fold: Fold, meta: dict, store: Store) -> None:
+    """Refuse a store whose volumes are prepared in another way than those that the checkpoint was trained on."""
+    trained = {"channels": meta["channels"]} | {key: meta["preprocess"][key] for key in ("spacing", "normalization")}
+    for name, value in trained.items():
+        found = store.channels if name == "channels" else store.config[name]
+        if found != value:
+            raise ValueError(f"{fold.checkpoint}: trained with {name} {value}, {store.path} has {name} {found}")
+
+
+def open_predictions(fold: Path, made_by: dict) -> Path:
+    """The folder of predictions; those made by another checkpoint, or in another way, are deleted."""
+    folder = fold / ("predictions" if made_by["space"] == "native" else "predictions_store")
+    record = folder / "made_by.json"
+    if not record.is_file() or json.loads(record.read_text()) != made_by:
+        for old in [*folder.rglob("*.nii.gz"), *folder.rglob("*.npy")]:
+            old.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(record, made_by)
+    return folder
+
+
+# Cases ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a prediction is measured against: class numbers (X, Y, Z) in RAS, spacing in mm."""
+
+    labels: np.ndarray
+    spacing: tuple[float, ...]
+    warnings: list[str]
+    header: nifti.Header | None = None
+
+
+class NativeSpace:
+    """Predictions are NIfTI files on the grid of the scans; references are the label files as they are."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        config = Config.from_dict(store.config)
+        self._store, self._folder, self._label_map = store, folder, config.label_map
+        self._reading = replace(config, on_geometry_mismatch="reject").reading()
+
+    def path(self, id: str) -> Path:
+        return self._folder / f"{id}.nii.gz"
+
+    def save(self, id: str, logits: torch.Tensor, properties: dict) -> None:
+        """Write the prediction with the values that the label files hold."""
+        nifti.write_like(self.path(id), file_values(restore_labels(logits, properties), self._label_map), properties)
+
+    def reference(self, id: str) -> Reference:
+        path, warnings = Path(self._store.properties(id)["label_file"]), []
+        header = nifti.read(path)[0]
+        labels = read_label(path, header, (), self._label_map, self._reading, warnings)
+        return Reference(labels, header.ras_spacing, warnings, header)
+
+    def prediction(self, id: str, reference: Reference) -> np.ndarray:
+        """Class numbers (X, Y, Z) in RAS; RejectedInput where the grid is not that of the label file."""
+        return read_label(self.path(id), reference.header, (), self._label_map, self._reading, reference.warnings)
+
+
+class StoreSpace:
+    """Predictions are arrays on the grid of the store; references are its labels."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store, self._folder = store, folder
+
+    def path(self, id: str) -> Path:
+        return self._folder / f"{id}.npy"
+
+    def save(self, id: str, logits: torch.Tensor, properties: dict) -> None:
+        with nifti.written_whole(self.path(id)) as file:
+            np.save(file, argmax_labels(logits))
+
+    def reference(self, id: str) -> Reference:
+        at = self._store.properties(id)
+        sides = zip(at["cropped_shape"], at["ras_spacing"], at["resampled_shape"], strict=True)
+        spacing = tuple(count * size / resampled for count, size, resampled in sides)  # shapes are rounded, so not 1 mm
+        return Reference(np.asarray(self._store.label(id)), spacing, [])
+
+    def prediction(self, id: str, reference: Reference) -> np.ndarray:
+        return np.load(self.path(id), allow_pickle=False)
+
+
+SPACES = {"native": NativeSpace, "store": StoreSpace}
+
+
+# Text and files -------------------------------------------------------------------------------------------------------
+
+
+def describe(summary: dict) -> str:
+    """What was measured, where, and with which weights."""
+    settings = summary["settings"]
+    space = {
+        "native": "Native space: the scans' own grids, label files as they are.",
+        "store": "Preprocessed space: not comparable with scores on the scans' own grids.",
+    }[settings["space"]]
+    empty = "left out" if settings["empty"] == "nan" else "1"
+    weights = ", ".join(f"{c['file']} ({c['sha256'][:8]})" for c in summary["checkpoints"])
+    tta = ", 8 mirrorings" if settings["tta"] else ""
+    return (
+        f"{space} Store {summary['store']['id']}; weights {weights}; overlap {settings['overlap']:g}{tta}; "
+        f"a class that neither map has: {empty}."
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    checkpoint.write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    cli.run(main)
