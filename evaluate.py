@@ -22,6 +22,7 @@ from amaes import checkpoint, cli, metrics, nifti, results
 from amaes.backend import use_bf16
 from amaes.data import Store
 from amaes.distributed import pick_device
+from amaes.files import write_json, write_text, written_whole
 from amaes.inference import argmax_labels, restore_labels, sliding_window
 from amaes.inputs import read_label
 from amaes.predict import add_inference_options, file_values, inference_options, reason
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             "labels": {str(value): name for value, name in store.labels.items()}, **results.summarise(scored),
         }  # fmt: skip
         text.append(results.run_tables(str(path), summary, summary["labels"], describe(summary)))
-        checkpoint.write_json(path / "summary.json", results.plain(summary))
+        write_json(path / "summary.json", results.plain(summary))
         write_text(path / "summary.md", text[-1])
         evaluated.append((path, summary, scored))
 
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         content = {"runs": [summary for _, summary, _ in evaluated], "comparisons": comparisons}
-        checkpoint.write_json(args.json, results.plain(content))
+        write_json(args.json, results.plain(content))
 
     print("\n".join(text), flush=True)
     for line in complaints:
@@ -150,7 +151,7 @@ def evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: to
         "config_hash": Config.from_dict(store.config).hash(), "dice": results.fold_score(means), "classes": means,
         "cases": cases, "failed": [{"id": id, "message": message} for id, message in failed.items()],
     }  # fmt: skip
-    checkpoint.write_json(fold.folder / "results.json", results.plain(content))
+    write_json(fold.folder / "results.json", results.plain(content))
     return content
 
 
@@ -230,7 +231,7 @@ def open_predictions(fold: Path, made_by: dict) -> Path:
         for old in [*folder.rglob("*.nii.gz"), *folder.rglob("*.npy")]:
             old.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(record, made_by)
+        write_json(record, made_by)
     return folder
 
 
@@ -283,7 +284,7 @@ class StoreSpace:
         return self._folder / f"{id}.npy"
 
     def save(self, id: str, logits: torch.Tensor, properties: dict) -> None:
-        with nifti.written_whole(self.path(id)) as file:
+        with written_whole(self.path(id)) as file:
             np.save(file, argmax_labels(logits))
 
     def reference(self, id: str) -> Reference:
@@ -316,10 +317,6 @@ def describe(summary: dict) -> str:
         f"{space} Store {summary['store']['id']}; weights {weights}; overlap {settings['overlap']:g}{tta}; "
         f"a class that neither map has: {empty}."
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    checkpoint.write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def sha256(path: Path) -> str:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from amaes.cli import EXIT_OK, EXIT_REJECTED
 from amaes.collect import STORE_FORMAT, Collection, Item
-from amaes.nifti import RejectedInput, written_whole
+from amaes.files import written_whole
+from amaes.nifti import RejectedInput
 from amaes.preprocess import Case, Config, preprocess_case
 
 FOREGROUND_SAMPLES = 10_000  # voxels remembered per class, to place patches on

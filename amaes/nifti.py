@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +18,8 @@ from typing import BinaryIO
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import aff2axcodes, inv_ornt_aff, io_orientation
+
+from amaes.files import written_whole
 
 DATA_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 ORIENTATION_CODES = range(6)  # others say nothing, as 0 does
@@ -188,30 +189,6 @@ def write_like(path: str | Path, labels: np.ndarray, properties: dict) -> None:
         content = gzip.compress(content, compresslevel=6, mtime=0)
     with written_whole(path) as file:
         file.write(content)
-
-
-@contextmanager
-def written_whole(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """A binary file that takes its name only once written: nothing half-written is ever seen under `path`.
-
-    Args:
-        path: final name; its folder is made.
-        sync: also survive a power failure (fsync).
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import amaes
 from amaes import checkpoint, distributed
-from amaes.checkpoint import write_json
 from amaes.data import Store
+from amaes.files import write_json
 from amaes.options import as_plain
 
 try:
@@ -37,7 +37,7 @@ except ImportError:  # Windows
 MAY_CHANGE = frozenset(
     (
         *("out", "data", "fold", "resume", "overwrite", "keep", "log_every", "save_every", "val_every"),
-        *("workers", "device", "compile", "accumulate"),
+        *("workers", "device", "compile", "accumulate", "checkpoint_activations"),
     )
 )
 

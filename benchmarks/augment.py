@@ -26,8 +26,8 @@ from amaes.augment import Draws, PretrainAugment
 from amaes.augment.draws import INTENSITY, SPATIAL
 from amaes.augment.intensity import kept_voxels
 from amaes.augment.spatial import coordinate_matrices
-from amaes.checkpoint import write_json
 from amaes.cli import Parser, positive_int, run
+from amaes.files import write_json
 
 BUDGET = 0.12  # seconds per patch of 128 on one core, mean over draws, preset all
 

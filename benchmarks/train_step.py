@@ -23,6 +23,7 @@ from torch import nn
 
 from amaes import backend, cli, rng
 from amaes.distributed import pick_device
+from amaes.files import write_json
 from amaes.losses import reconstruction_loss
 from amaes.mask import apply_mask, token_mask
 from amaes.models import build_autoencoder
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=cli.positive_int, help="(default: 8 on CUDA, 2 on the CPU)")
     parser.add_argument("--steps", type=cli.positive_int, help="of the whole loop (default: 60 on CUDA, 6 on the CPU)")
     parser.add_argument("--workers", type=cli.non_negative_int, default=2, help="processes that read patches")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA if possible")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     args = parser.parse_args()
     device = pick_device(args.device)
@@ -56,7 +57,7 @@ def main() -> int:
     result["loop"] = whole_loop(arch, patch, batch, steps, args.workers, device)
     result["step"] = steps_beside(arch, patch, min(batch, 2), device)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     return cli.EXIT_OK
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from amaes import rng
-from amaes.checkpoint import write_json
 from amaes.data import Batches, Patches, Store, fold_splits, loader, pretrain_split, read_window, saved_split
+from amaes.files import write_json
 from tests.stores import SHAPES, make_store, position_image
 
 

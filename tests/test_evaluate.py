@@ -223,7 +223,7 @@ def test_a_case_that_fails_is_listed(make_run, store, capsys, missing, mean, n_c
 def test_a_fold_without_a_single_score_is_shown_as_such(make_run, store, capsys):
     folder = make_run("first", 0.5, [["a"], ["b"]])
     (store / "cases" / "b.npy").write_bytes(b"")
-    status, out, err = run(capsys, folder, folder)
+    status, out, _ = run(capsys, folder, folder)
     assert status == 1
     assert "| 1 | 0 | 1 | – | – | – |" in out
     assert "**100.00**" in out

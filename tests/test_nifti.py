@@ -158,17 +158,6 @@ def test_writing_refuses_what_does_not_fit(name, labels, message, nifti_file, tm
     assert not (tmp_path / name).exists()
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "a.bin"
-    with nifti.written_whole(path) as file:
-        file.write(b"first")
-    with pytest.raises(RuntimeError, match="stop"), nifti.written_whole(path) as file:
-        file.write(b"sec")
-        raise RuntimeError("stop")
-    assert path.read_bytes() == b"first"
-    assert list(path.parent.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".NII.GZ"])
 def test_slope_and_intercept_are_applied(suffix, nifti_file):
     stored = np.arange(60, dtype=np.int16).reshape(3, 4, 5)

@@ -145,7 +145,7 @@ def test_two_ranks_and_accumulation_give_the_same_losses(pretrained, store, tmp_
     for other in others:
         for name in ("loss", "grad_norm"):  # the first step: equal sums in another order
             assert other[0][name] == pytest.approx(one[0][name], rel=2e-5)
-        # Later ones: Adam makes full-sized updates of the rounding in gradients that are zero, e.g. of biases before a norm.
+        # Later: Adam makes full-sized updates of the rounding in gradients that are zero, as of biases before a norm.
         assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in one], rel=1e-3)
 
 

@@ -119,7 +119,7 @@ def save_sheet(path: Path, heading: str, rows: list) -> None:
     """Write rows of grey panels, each row under its title, as a PNG."""
     from matplotlib.figure import Figure
 
-    from amaes.checkpoint import write_atomic
+    from amaes.files import written_whole
 
     columns = len(rows[0][1])
     figure = Figure(figsize=(2.6 * columns, 3.0 * len(rows) + 0.6), layout="constrained")
@@ -130,7 +130,8 @@ def save_sheet(path: Path, heading: str, rows: list) -> None:
             axes.imshow(image, cmap="gray", vmin=0, vmax=white, interpolation="nearest")
             axes.set_title(caption, fontsize=6)
             axes.set_axis_off()
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,0 +1,60 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def written_whole(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """A binary file that takes its name only once written: nothing half-written is ever seen under `path`.
+
+    Args:
+        path: final name; its folder is made.
+        sync: also survive a power failure (fsync).
+
+    Raises:
+        OSError: the disk is full, say; nothing was written under `path`, and what stood there is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        cause = _cause(error)
+        if cause is None:
+            raise
+        told = OSError(f"{path}: could not be written ({cause.strerror}); what was there before is untouched")
+        told.errno = cause.errno
+        raise told from error
+
+
+def _cause(error: BaseException) -> OSError | None:
+    """The OSError behind an exception: torch.save, for one, reports a failed write as a RuntimeError."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write `content` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
