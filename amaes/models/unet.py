@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from amaes.models.stages import run_stage
+
 NUM_STAGES = 5  # full resolution, then four halvings
 WIDTHS = {"unet_tiny": 8, "unet_b": 32, "unet_xl": 64}  # channels at full resolution; they double at each stage
 
@@ -38,10 +40,14 @@ class UNet(nn.Module):
     Attributes:
         channels: of each stage, finest first.
         strides: of each stage relative to the input, finest first.
+        decoders: forms of a decoder of its own, by name: none.
+        variant: what shapes of weights do not tell: nothing.
     """
 
     def __init__(self, in_channels: int = 1, width: int = 32) -> None:
         super().__init__()
+        self.checkpoint_activations = False
+        self.decoders, self.variant = {}, {}
         self.channels = tuple(width * 2**i for i in range(NUM_STAGES))
         self.strides = tuple(2**i for i in range(NUM_STAGES))
         inputs = (in_channels, *self.channels[:-1])
@@ -51,6 +57,6 @@ class UNet(nn.Module):
         """(B, C, X, Y, Z) to one feature map per stage, finest first: (B, channels[i], X/2^i, Y/2^i, Z/2^i)."""
         features = []
         for stage in self.stages:
-            x = stage(F.max_pool3d(x, 2) if features else x)
+            x = run_stage(self, stage, F.max_pool3d(x, 2) if features else x)
             features.append(x)
         return features

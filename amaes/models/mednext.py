@@ -1,0 +1,216 @@
+"""MedNeXt (arXiv 2303.09975) and MedNeXt-v2 (arXiv 2512.17774): ConvNeXt blocks in 3D, encoder and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from amaes.models.decoder import Decoder, stage_widths
+from amaes.models.ops import GRN_DIVISORS, depthwise, norm_mlp, pointwise
+from amaes.models.stages import run_stage
+
+# Encoder stages from full resolution to the bottleneck; decoders mirror them. Width: channels at full resolution.
+_S = {"width": 32, "depths": (2, 2, 2, 2, 2), "ratios": (2, 2, 2, 2, 2)}
+_B = {"width": 32, "depths": (2, 2, 2, 2, 2), "ratios": (2, 3, 4, 4, 4)}
+_M = {"width": 32, "depths": (3, 4, 4, 4, 4), "ratios": (2, 3, 4, 4, 4)}
+_L = {"width": 32, "depths": (3, 4, 8, 8, 8), "ratios": (3, 4, 8, 8, 8)}
+_V1 = {"mednext_s": _S, "mednext_b": _B, "mednext_m": _M, "mednext_l": _L}
+SIZES: dict[str, dict] = {
+    **_V1,
+    **{f"{name}_k5": size | {"kernel_size": 5} for name, size in _V1.items()},
+    "mednext_v2_base": _L | {"grn": "mean"},
+    "mednext_v2_wide": _L | {"grn": "mean", "width": 64},
+}
+
+
+class ResponseNorm(nn.Module):
+    """Parameters of global response normalisation, zero at first: then it is the identity (`ops.response_norm`)."""
+
+    def __init__(self, channels: int, divisor: str) -> None:
+        super().__init__()
+        if divisor not in GRN_DIVISORS:
+            raise ValueError(f"grn {divisor!r} is unknown; accepted: {', '.join(GRN_DIVISORS)}, None")
+        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1, 1))
+        self.divisor = divisor
+
+
+class Block(nn.Module):
+    """Depthwise convolution, instance norm, expand, GELU, (GRN,) project; plus the input.
+
+    Args:
+        in_channels, out_channels: equal for "same".
+        ratio: hidden channels / input channels.
+        kernel_size: of the depthwise convolution, odd.
+        grn: None, or the divisor of global response normalisation, "mean" or "sum".
+        resample: "same", "down" (stride 2) or "up" (transposed, stride 2); the latter two bring the input to their
+            output through a 1x1x1 convolution of the same stride.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        ratio: int,
+        kernel_size: int = 3,
+        grn: str | None = None,
+        resample: str = "same",
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        hidden = ratio * in_channels
+        layer = nn.ConvTranspose3d if resample == "up" else nn.Conv3d
+        self.depthwise = layer(in_channels, in_channels, kernel_size, groups=in_channels)  # strides: see `forward`
+        self.norm = nn.GroupNorm(in_channels, in_channels)
+        self.expand = nn.Conv3d(in_channels, hidden, kernel_size=1)
+        self.grn = None if grn is None else ResponseNorm(hidden, grn)
+        self.project = nn.Conv3d(hidden, out_channels, kernel_size=1)
+        self.shortcut = None if resample == "same" else layer(in_channels, out_channels, kernel_size=1, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, X, Y, Z) to (B, O, X', Y', Z'); "down" halves the sides, rounding up, "up" doubles them."""
+        y = depthwise(x, self.depthwise.weight, self.depthwise.bias, self.resample)
+        y = norm_mlp(y, self.norm, self.expand, self.project, self.grn)
+        if self.resample == "same":
+            return x + y
+        weight, bias = self.shortcut.weight, self.shortcut.bias
+        if self.resample == "down":
+            return y + pointwise(x[..., ::2, ::2, ::2], weight, bias)
+        # The transposed convolutions end at 2n - 1 voxels, where the shortcut reaches every second one and its bias
+        # all. One plane of zeros comes in front of each axis, which only the decoder's skip connection fills.
+        y = F.pad(y + bias.to(y.dtype)[:, None, None, None], (1, 0, 1, 0, 1, 0))
+        y[..., 1::2, 1::2, 1::2] += pointwise(x, weight.transpose(0, 1))
+        return y
+
+
+def _stage(channels: int, depth: int, ratio: int, kernel_size: int, grn: str | None) -> nn.Sequential:
+    return nn.Sequential(*(Block(channels, channels, ratio, kernel_size, grn) for _ in range(depth)))
+
+
+class MedNeXt(nn.Module):
+    """MedNeXt encoder: a 1x1x1 stem, then stages of blocks with a down block before each but the first.
+
+    Args:
+        in_channels: channels of the image.
+        width: channels at full resolution; they double at each stage.
+        depths, ratios: blocks and expansion of each stage, finest first.
+        kernel_size: of the depthwise convolutions, odd.
+        grn: None (v1), or the divisor of global response normalisation in every block (v2): "mean" over channels as in
+            the code of the authors, or "sum" as in their paper's formula. Weights convert: gamma_sum = hidden width *
+            gamma_mean, up to an epsilon of 1e-6.
+
+    Attributes:
+        channels, strides: of each stage, finest first.
+        decoders: the form that a decoder takes for this encoder, by name: "mednext" mirrors the encoder.
+        variant: what shapes of weights do not tell.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        width: int = 32,
+        depths: Sequence[int] = (2, 2, 2, 2, 2),
+        ratios: Sequence[int] = (2, 2, 2, 2, 2),
+        kernel_size: int = 3,
+        grn: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.checkpoint_activations = False
+        self.channels = tuple(width * 2**i for i in range(len(depths)))
+        self.strides = tuple(2**i for i in range(len(depths)))
+        common = {"kernel_size": kernel_size, "grn": grn}
+        self.decoders = {"mednext": partial(MedNeXtDecoder, depths=depths[:-1], ratios=ratios[:-1], **common)}
+        self.variant = {} if grn is None else {"grn": grn}
+        self.stem = nn.Conv3d(in_channels, width, kernel_size=1)
+        self.downs = nn.ModuleList()  # [i] leads from stage i to stage i + 1, with the ratio of the latter
+        self.stages = nn.ModuleList()
+        for i, (channels, depth, ratio) in enumerate(zip(self.channels, depths, ratios, strict=True)):
+            if i > 0:
+                self.downs.append(Block(channels // 2, channels, ratio, resample="down", **common))
+            self.stages.append(_stage(channels, depth, ratio, **common))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(B, C, X, Y, Z) to one feature map per stage, finest first: (B, channels[i], X/2^i, Y/2^i, Z/2^i)."""
+        x = pointwise(x, self.stem.weight, self.stem.bias)
+        features = []
+        for i, stage in enumerate(self.stages):
+            x = run_stage(self, stage, run_stage(self, self.downs[i - 1], x) if i > 0 else x)
+            features.append(x)
+        return features
+
+
+class MedNeXtDecoder(Decoder):
+    """MedNeXt decoder: up block, skip connection added, blocks; 1x1x1 to the output.
+
+    Args:
+        channels, strides, deep_supervision: see `Decoder`; each stride must be twice the last.
+        num_classes: output channels.
+        depths, ratios: blocks and expansion of each stage but the deepest, finest first; by default 2 and 2, those of
+            MedNeXt-S. An up block has the ratio of the stage it leads to.
+        kernel_size, grn: see `MedNeXt`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        depths: Sequence[int] | None = None,
+        ratios: Sequence[int] | None = None,
+        kernel_size: int = 3,
+        grn: str | None = None,
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__(channels, strides, deep_supervision=deep_supervision, ratio=2)
+        widths = stage_widths(channels)
+        count = len(channels) - 1
+        for i, depth, ratio in zip(range(count), depths or (2,) * count, ratios or (2,) * count, strict=True):
+            self.ups.append(Block(widths[i + 1], widths[i], ratio, kernel_size, grn, resample="up"))
+            self.stages.append(_stage(widths[i], depth, ratio, kernel_size, grn))
+        for own, width in zip(channels, widths, strict=True):  # a skip connection is added: it must be as wide
+            self.laterals.append(nn.Identity() if own == width else nn.Conv3d(own, width, kernel_size=1))
+        heads = widths if deep_supervision else widths[:1]
+        self.heads.extend(nn.ConvTranspose3d(width, num_classes, kernel_size=1) for width in heads)
+
+    def merge(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        return x + skip
+
+
+# Larger kernels from trained ones -------------------------------------------------------------------------------------
+
+
+def grow_kernel(weight: torch.Tensor, size: int) -> torch.Tensor:
+    """Depthwise kernels (C, 1, k, k, k) resampled to side `size`, trilinearly; magnitudes are not rescaled."""
+    return F.interpolate(weight.float(), size=(size,) * 3, mode="trilinear", align_corners=False).to(weight.dtype)
+
+
+def upkern_(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """UpKern (arXiv 2303.09975, Sec. 2.3): start a network from the weights of one with smaller kernels, in place.
+
+    Args:
+        network: contains MedNeXt blocks.
+        weights: state dict of the same network with smaller kernels; a head of other classes is left out.
+
+    Returns:
+        Names of the network's tensors that kept their values.
+
+    Raises:
+        ValueError: nothing in `weights` fits.
+    """
+    found, kept = {}, []
+    for name, own in network.state_dict().items():
+        given = weights.get(name)
+        if given is not None and given.shape == own.shape:
+            found[name] = given
+        elif given is not None and name.endswith("depthwise.weight") and given.shape[:2] == own.shape[:2]:
+            found[name] = grow_kernel(given, own.shape[-1])
+        else:
+            kept.append(name)
+    if not found:
+        raise ValueError(f"none of {len(weights)} tensors fits the network, e.g. {', '.join(list(weights)[:2])}")
+    network.load_state_dict(found, strict=False)
+    return kept

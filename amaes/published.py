@@ -1,0 +1,192 @@
+"""Weights that others have published: recognised by the names of their tensors, and renamed to ours.
+
+Known are the files of AMAES and FOMO25 (U-Net), AMAES (MedNeXt), MedNeXt (the authors' and MONAI's), SwinUNETR (MONAI),
+and the self-supervised Swin encoders: `model_swinvit.pt`, MONAI's training script, disruptive autoencoders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from amaes.models.swin_unetr import WINDOW, position_index
+
+Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]  # (pattern, replacement), applied in order
+
+_WRAPPERS = re.compile(r"\b(module|model|_orig_mod)\.")  # of DDP, Lightning, torch.compile
+
+# Stage i counts from full resolution with us, in order of execution with them.
+_UNET: Rules = (
+    (r"^(rec_head|pred_head)\.", "decoder."),
+    (r"\bin_conv\.", "stages.0."),
+    (r"\bencoder_conv(\d)\.", r"stages.\1."),
+    (r"\bdecoder_conv(\d)\.", lambda m: f"stages.{4 - int(m[1])}."),
+    (r"\bupsample(\d)\.", lambda m: f"ups.{4 - int(m[1])}."),
+    (r"\bds_out_conv(\d)\.", lambda m: f"heads.{4 - int(m[1])}."),
+    (r"\bout_conv\.", "heads.0."),
+    (r"\.conv(\d)\.(?=conv|norm)", lambda m: f".{int(m[1]) - 1}."),
+)
+_MEDNEXT: Rules = (
+    (r"^(?=stem\.|enc_block_|down_|bottleneck\.)", "encoder."),
+    (r"^(?=up_|dec_block_|out_)", "decoder."),
+    (r"\b(?:enc|dec)_block_(\d)\.", r"stages.\1."),
+    (r"\bbottleneck\.", "stages.4."),
+    (r"\bdown_(\d)\.", r"downs.\1."),
+    (r"\bup_(\d)\.", r"ups.\1."),
+    (r"\bout_(\d)\.conv_out\.", r"heads.\1."),
+    (r"\.conv1\.", ".depthwise."),
+    (r"\.conv2\.", ".expand."),
+    (r"\.conv3\.", ".project."),
+    (r"\.res_conv\.", ".shortcut."),
+    (r"\.grn_(gamma|beta)$", r".grn.\1"),
+)
+_MONAI_MEDNEXT: Rules = (
+    (r"^enc_stages\.(\d)\.", r"enc_block_\1."),
+    (r"^down_blocks\.(\d)\.", r"down_\1."),
+    (r"^up_blocks\.(\d)\.", lambda m: f"up_{3 - int(m[1])}."),
+    (r"^dec_stages\.(\d)\.", lambda m: f"dec_block_{3 - int(m[1])}."),
+    (r"^out_blocks\.(\d)\.", lambda m: f"out_{4 - int(m[1])}."),
+    (r"\.global_resp_(gamma|beta)$", r".grn_\1"),
+    *_MEDNEXT,
+)
+_SWIN: Rules = (
+    (r"^(?:swinViT|swin_vit|encoder)\.", ""),
+    (r"^patch_embed\.proj\.", "encoder.patch_embed."),
+    (r"^layers(\d)\.0\.(?:0\.)?", lambda m: f"encoder.stages.{int(m[1]) - 1}."),
+    (r"\.attn\.relative_position_bias_table$", ".attention.bias"),
+    (r"\.attn\.", ".attention."),
+    (r"\.mlp\.(?:linear1|fc1)\.", ".expand."),
+    (r"\.mlp\.(?:linear2|fc2)\.", ".project."),
+    (r"\.downsample\.", ".merge."),
+    (r"^encoder10\.layer\.", "decoder.laterals.5."),
+    (r"^encoder(\d)\.layer\.", lambda m: f"decoder.laterals.{int(m[1]) - 1}."),
+    (r"^decoder(\d)\.transp_conv\.conv\.", lambda m: f"decoder.ups.{int(m[1]) - 1}."),
+    (r"^decoder(\d)\.conv_block\.", lambda m: f"decoder.stages.{int(m[1]) - 1}."),
+    (r"^(decoder\..*)\.conv3\.conv\.", r"\1.shortcut."),
+    (r"^(decoder\..*\.conv[12])\.conv\.", r"\1."),
+    (r"^out\.conv\.conv\.", "decoder.heads.0."),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of published file.
+
+    Attributes:
+        name: for messages.
+        marks: patterns, each of which some key must match.
+        rules: from its names to ours; names that none of them touches are no weights of ours.
+        variant: what its shapes do not tell (`encoder.variant`); None where the file may be of any kind.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    rules: Rules
+    variant: Mapping[str, str | None] = field(default_factory=dict)
+
+
+_LEGACY, _EITHER = {"merging": "legacy"}, {"merging": None}
+FAMILIES = (
+    Family("our own names", (r"^encoder\.stages\.0\.", r"^decoder\.heads\.0\."), (), {"merging": None, "grn": None}),
+    Family("AMAES U-Net", (r"^encoder\.in_conv\.", r"^encoder\.encoder_conv4\."), _UNET),
+    Family("AMAES MedNeXt", (r"^encoder\.stem\.", r"^encoder\.enc_block_0\."), _UNET + _MEDNEXT),
+    Family("MedNeXt v1 or v2", (r"^stem\.", r"^enc_block_0\."), _MEDNEXT),
+    Family("MONAI MedNeXt", (r"^stem\.", r"^enc_stages\.0\."), _MONAI_MEDNEXT),
+    Family("MONAI SwinUNETR", (r"^swinViT\.layers1\.", r"^encoder10\."), _SWIN, _EITHER),
+    Family("MONAI's self-supervised Swin", (r"^swinViT\.layers1\.", r"^rotation_head\."), _SWIN, _EITHER),
+    Family("model_swinvit.pt", (r"^(swinViT\.|swin_vit\.)?layers1\.0\.blocks\.0\.mlp\.fc1\.",), _SWIN, _LEGACY),
+    Family("MONAI Swin", (r"^(swinViT\.|swin_vit\.)?layers1\.0\.blocks\.0\.mlp\.linear1\.",), _SWIN, _EITHER),
+    Family("disruptive autoencoder (Swin)", (r"^encoder\.patch_embed\.proj\.", r"^encoder\.layers1\."), _SWIN, _LEGACY),
+)  # fmt: skip
+
+# Networks that are none of ours, named so that the message can say so.
+_FOREIGN = {
+    "a residual encoder U-Net (nnU-Net, nnssl)": r"^(encoder\.)?(stem\.convs|stages\.\d+\.blocks)\.\d+\.",
+    "a plain U-Net of nnU-Net": r"^(encoder\.stages\.\d+\.0\.convs|conv_blocks_context)\.",
+    "a vision transformer (Primus, ViT)": r"(^|\.)(pos_embed|cls_token|eva)\b",
+}
+
+
+@dataclass
+class Imported:
+    """Weights under our names.
+
+    Attributes:
+        tensors: name -> tensor.
+        family: where they come from, for messages.
+        variant: see `Family`.
+        dropped: names in the file that are no weights: placeholders and tables that follow from the shapes.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    family: str
+    variant: Mapping[str, str | None] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+
+
+def convert(content: Mapping, where: object) -> Imported:
+    """Weights of a published file under our names.
+
+    Args:
+        content: what the file holds: a state dict, or one under "state_dict", "network_weights" or "model". The
+            prefixes `module.`, `model.` and `_orig_mod.` are taken off wherever they stand.
+        where: the file, for messages.
+
+    Raises:
+        ValueError: no tensors; names of no known family; or names that become the same.
+    """
+    for outer in ("state_dict", "network_weights", "model"):
+        if isinstance(content.get(outer), Mapping):
+            content = content[outer]
+    given = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    if not given:
+        raise ValueError(f"{where}: holds no tensors; entries: {', '.join(map(str, list(content)[:5]))}")
+    plain: dict[str, torch.Tensor] = {}
+    for key, value in given.items():
+        _add(plain, _WRAPPERS.sub("", key), value, key, where)
+    family = recognise(plain)
+    if family is None:
+        foreign = next((name for name, mark in _FOREIGN.items() if _any(mark, plain)), None)
+        what = f"{foreign}, no architecture of this library" if foreign else "names of no file that is known here"
+        known = ", ".join(f.name for f in FAMILIES)
+        raise ValueError(f"{where}: {what} ({', '.join(list(plain)[:2])}, ...); accepted: our checkpoints, {known}")
+    found = Imported({}, family.name, family.variant)
+    for key, value in plain.items():
+        if key == "dummy_tensor" or key.endswith(".relative_position_index"):
+            _check_derived(key, value, where)
+            found.dropped.append(key)
+            continue
+        _add(found.tensors, rename(key, family.rules), value, key, where)
+    return found
+
+
+def recognise(keys: Iterable[str]) -> Family | None:
+    """The family whose marks are all among `keys`, without wrappers' prefixes; None where there is none."""
+    keys = list(keys)
+    return next((family for family in FAMILIES if all(_any(mark, keys) for mark in family.marks)), None)
+
+
+def rename(key: str, rules: Rules) -> str:
+    """`key` with every (pattern, replacement) of `rules` applied in order."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _add(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor, key: str, where: object) -> None:
+    if name in tensors:
+        raise ValueError(f"{where}: two tensors would both become {name}; the second is {key}")
+    tensors[name] = value
+
+
+def _any(pattern: str, keys: Iterable[str]) -> bool:
+    return any(re.search(pattern, key) for key in keys)
+
+
+def _check_derived(key: str, value: torch.Tensor, where: object) -> None:
+    """The table of relative positions follows from the window; refuse the file if it holds another one."""
+    if key != "dummy_tensor" and not torch.equal(value.long(), position_index(WINDOW)):
+        raise ValueError(f"{where}: {key} is not that of windows of {WINDOW[0]} tokens, the only ones accepted")

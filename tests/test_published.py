@@ -1,0 +1,210 @@
+import numpy as np
+import pytest
+import torch
+
+from amaes import checkpoint
+from amaes.models import ARCHITECTURES, build_autoencoder, build_encoder, build_segmenter
+from amaes.models.swin_unetr import position_index
+from amaes.published import FAMILIES, convert, recognise
+from tests import formula, reference
+
+OFFICIAL = {
+    "amaes_unet_b_lw_dec": ("AMAES U-Net", lambda: build_autoencoder("unet_b")),
+    "amaes_unet_xl_lw_dec": ("AMAES U-Net", lambda: build_autoencoder("unet_xl")),
+    "amaes_mednext_m3_lw_dec": ("AMAES MedNeXt", lambda: build_autoencoder("mednext_m")),
+    "amaes_mednext_l3_lw_dec": ("AMAES MedNeXt", lambda: build_autoencoder("mednext_l")),
+    **{
+        f"mednext_v1_{size}_k3": ("MedNeXt v1 or v2", lambda size=size: segmenter(f"mednext_{size}", "mednext", True))
+        for size in "sbml"
+    },
+    "monai_swin_unetr_48": ("MONAI SwinUNETR", lambda: build_segmenter("swin_unetr", num_classes=1)),
+}
+
+
+def segmenter(arch, decoder, deep_supervision=False):
+    return build_segmenter(arch, num_classes=3, decoder=decoder, deep_supervision=deep_supervision)
+
+
+def tensors(name, **more):
+    """A published file's tensors, on the meta device but for what is looked at."""
+    made = {
+        key: position_index((7, 7, 7)) if key.endswith("position_index") else torch.empty(shape, device="meta")
+        for key, shape in reference.key_list(name).items()
+    }
+    return made | more
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("prefix", ["", "module.", "model._orig_mod."])
+def test_every_tensor_of_an_official_network_has_its_place(name, prefix):
+    family, build = OFFICIAL[name]
+    with torch.device("meta"):
+        own = build().state_dict()
+    given = {prefix + key.removeprefix("model."): tensor for key, tensor in tensors(name).items()}
+    found = convert({"state_dict": given, "epoch": 3}, "file")
+    assert found.family == family
+    assert set(found.tensors) == set(own)
+    assert all(found.tensors[key].shape == own[key].shape for key in own)
+    assert len(found.tensors) + len(found.dropped) == len(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "merging", "heads"),
+    [("released_model_swinvit", "legacy", 0), ("swin_ssl_head_48", None, 16)],
+)
+def test_self_supervised_swin_files_hold_the_whole_encoder(name, merging, heads):
+    found = convert({"state_dict": tensors(name)}, "file")
+    own = {f"encoder.{key}" for key in build_encoder("swin_unetr").state_dict()}
+    assert own <= set(found.tensors)
+    assert len(set(found.tensors) - own) == heads
+    assert found.variant == {"merging": merging}
+    assert len(found.dropped) == 8
+
+
+def test_monai_mednext_names_become_ours():
+    names = {
+        "stem.weight": "encoder.stem.weight",
+        "enc_stages.3.1.conv1.weight": "encoder.stages.3.1.depthwise.weight",
+        "down_blocks.2.res_conv.bias": "encoder.downs.2.shortcut.bias",
+        "bottleneck.0.global_resp_gamma": "encoder.stages.4.0.grn.gamma",
+        "up_blocks.0.conv2.weight": "decoder.ups.3.expand.weight",
+        "dec_stages.0.1.norm.bias": "decoder.stages.3.1.norm.bias",
+        "out_blocks.0.conv_out.weight": "decoder.heads.4.weight",
+        "out_0.conv_out.weight": "decoder.heads.0.weight",
+    }
+    content = {key: torch.zeros(1) for key in [*names, "enc_stages.0.0.conv1.weight"]}
+    found = convert(content, "file")
+    assert found.family == "MONAI MedNeXt"
+    assert set(names.values()) < set(found.tensors)
+
+
+def test_disruptive_autoencoder_names_become_ours():
+    names = ["patch_embed.proj.weight", "layers2.0.0.blocks.1.mlp.linear1.weight", "layers1.0.0.downsample.norm.bias"]
+    content = {"model": {f"module.encoder.{name}": torch.zeros(1) for name in names} | {"out.weight": torch.zeros(1)}}
+    found = convert(content, "file")
+    assert (found.family, found.variant) == ("disruptive autoencoder (Swin)", {"merging": "legacy"})
+    assert set(found.tensors) == {
+        "encoder.patch_embed.weight", "encoder.stages.1.blocks.1.expand.weight", "encoder.stages.0.merge.norm.bias",
+        "out.weight",
+    }  # fmt: skip
+
+
+def test_no_two_families_claim_an_official_file():
+    for name in [*OFFICIAL, "released_model_swinvit", "swin_ssl_head_48"]:
+        keys = [key.removeprefix("model.").removeprefix("module.") for key in reference.key_list(name)]
+        first = recognise(keys)
+        assert first is not None
+        later = [f for f in FAMILIES if f is not first and all(any(m in k for k in keys) for m in f.marks)]
+        assert not later
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["encoder.stem.convs.0.conv.weight"], "file: a residual encoder U-Net .*, no architecture of this library"),
+        (["encoder.stages.0.0.convs.0.conv.weight"], "a plain U-Net of nnU-Net, no architecture"),
+        (["eva.blocks.0.norm.weight", "pos_embed"], "a vision transformer"),
+        (["layer.weight"], r"names of no file that is known here \(layer.weight, ...\); accepted: our check.*Swin"),
+    ],
+)  # fmt: skip
+def test_other_networks_are_refused_by_name(keys, message):
+    with pytest.raises(ValueError, match=message):
+        convert({key: torch.zeros(1) for key in keys}, "file")
+
+
+def test_contradictory_files_are_refused():
+    content = tensors("monai_swin_unetr_48")
+    key = "swinViT.layers1.0.blocks.0.attn.relative_position_index"
+    with pytest.raises(ValueError, match="is not that of windows of 7 tokens"):
+        convert(content | {key: content[key] + 1}, "file")
+    twice = tensors("amaes_unet_b_lw_dec") | {"encoder.in_conv.conv1.conv.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match="two tensors would both become encoder.in_conv.conv1.conv.weight"):
+        convert(twice, "file")
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def swin_file(tmp_path, name, **more):
+    """A published Swin file of formula weights."""
+    content = {
+        key: position_index((7, 7, 7)) if key.endswith("position_index") else formula.value(key, shape)
+        for key, shape in reference.key_list(name).items()
+    }
+    torch.save({"state_dict": content | more}, tmp_path / f"{name}.pt")
+    return tmp_path / f"{name}.pt"
+
+
+def test_model_swinvit_loads_whole_and_asks_for_its_merging(tmp_path):
+    path = swin_file(tmp_path, "released_model_swinvit")
+    with pytest.raises(ValueError, match="made with --merging legacy, the network has fixed; give --merging legacy"):
+        checkpoint.load_encoder(build_segmenter("swin_unetr"), path)
+    network = build_segmenter("swin_unetr", in_channels=4, merging="legacy")
+    report = checkpoint.load_encoder(network, path)
+    assert (report.coverage, report.new, report.adapted, report.notes) == (1.0, [], ["patch_embed.weight"], [])
+    expected = formula.value("module.layers4.0.downsample.reduction.weight", (768, 3072))
+    assert torch.equal(network.encoder.stages[3].merge.reduction.weight, expected)
+    with pytest.raises(ValueError, match=r"does not hold the encoder of mednext_s; it fits --arch swin_unetr"):
+        checkpoint.import_weights(path, "mednext_s")
+    assert set(checkpoint.import_weights(path, "swin_unetr")) == {f"encoder.{k}" for k in network.encoder.state_dict()}
+
+
+def test_a_file_that_does_not_tell_its_merging_is_loaded_with_a_note(tmp_path):
+    report = checkpoint.load_encoder(build_segmenter("swin_unetr"), swin_file(tmp_path, "swin_ssl_head_48"))
+    assert report.coverage == 1.0
+    assert report.notes == ["--merging fixed is assumed, the file does not tell"]
+    assert len(report.ignored) == 16
+    assert "MONAI's self-supervised Swin" in report.table()
+
+
+def mednext_file(tmp_path, **more):
+    content = {key: formula.value(key, shape) for key, shape in reference.key_list("mednext_v1_s_k3").items()}
+    torch.save({"state_dict": content, **more}, tmp_path / "model_final.model")
+    return tmp_path / "model_final.model"
+
+
+def test_an_old_checkpoint_with_numpy_numbers_is_read(tmp_path):
+    extra = {"plot_stuff": ([0.5], np.float64(0.25), np.arange(3), np.dtype("float32")), "epoch": np.int64(7)}
+    report = checkpoint.load_encoder(build_segmenter("mednext_s"), mednext_file(tmp_path, **extra))
+    assert (report.coverage, report.new) == (1.0, [])
+
+
+def test_kernels_grow_while_loading(tmp_path):
+    network = build_segmenter("mednext_s_k5", decoder="mednext")
+    report = checkpoint.load_encoder(network, mednext_file(tmp_path))
+    assert len(report.adapted) == 14  # blocks of five stages, four down blocks
+    assert report.coverage == 1.0
+    given = formula.value("down_0.conv1.weight", (32, 1, 3, 3, 3))
+    grown = network.encoder.downs[0].depthwise.weight
+    assert torch.equal(grown[..., 0, 0, 0], given[..., 0, 0, 0])  # corners stay
+
+
+def test_the_message_tells_which_architecture_fits(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"gives 0\.5 % of .*\(MedNeXt v1 or v2\) .*; it fits --arch mednext_s \(--allow"
+    ):
+        checkpoint.load_encoder(build_segmenter("mednext_l"), mednext_file(tmp_path))
+
+
+def test_our_own_variants_travel_in_the_checkpoint(tmp_path):
+    build = {"arch": "swin_unetr", "in_channels": 1, "decoder": "light", "skips": False, "merging": "v2"}
+    network = build_autoencoder(**build)
+    content = {"format": checkpoint.FORMAT, "task": "pretrain", "build": build, "model": network.state_dict()}
+    torch.save(content, tmp_path / "ours.pt")
+    with pytest.raises(ValueError, match="made with --merging v2, the network has fixed"):
+        checkpoint.load_encoder(build_segmenter("swin_unetr"), tmp_path / "ours.pt")
+    report = checkpoint.load_encoder(build_segmenter("swin_unetr", merging="v2"), tmp_path / "ours.pt")
+    assert (report.coverage, report.source) == (1.0, "checkpoint of swin_unetr")
+
+
+def test_a_bare_state_dict_of_ours_is_recognised(tmp_path):
+    torch.save(build_autoencoder("unet_tiny").state_dict(), tmp_path / "bare.pt")
+    assert set(checkpoint.import_weights(tmp_path / "bare.pt", "unet_tiny")) == set(
+        build_autoencoder("unet_tiny").state_dict()
+    )
+
+
+def test_every_architecture_is_known_to_its_own_names():
+    with torch.device("meta"):
+        states = {arch: build_autoencoder(arch).state_dict() for arch in ARCHITECTURES}
+    assert all(convert(state, arch).family == "our own names" for arch, state in states.items())
