@@ -1,0 +1,137 @@
+"""The demo: commands as a user types them, and what happens when one of them fails. The whole demo takes minutes."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amaes import demo
+
+ROOT = Path(demo.__file__).resolve().parent.parent
+
+
+def commands(*argv):
+    return demo.steps(demo.parse_options(list(argv)))
+
+
+def options(command):
+    """Long options of a command line, with their values."""
+    found, name = {}, None
+    for word in command[2:]:
+        if word.startswith("--"):
+            name = word
+            found[name] = []
+        elif name:
+            found[name].append(word)
+    return found
+
+
+def test_the_two_fine_tunings_differ_in_weights_and_folder_alone():
+    scratch, pretrained = (options(commands()[name]) for name in ("finetune-scratch", "finetune-pretrained"))
+    assert {name for name in scratch if scratch[name] != pretrained[name]} == {"--weights", "--out"}
+    assert set(scratch) == set(pretrained)
+    assert scratch["--weights"] == ["scratch"]
+
+
+def test_each_step_reads_what_an_earlier_one_wrote(tmp_path):
+    written = []
+    for command in commands("--out", str(tmp_path)).values():
+        found = options(command)
+        for name in ("--images", "--labels", "--data", "--weights"):
+            for value in found.get(name, []):
+                assert value == "scratch" or any(Path(value).is_relative_to(out) for out in written)
+        if "--out" in found:
+            written.append(Path(found["--out"][0]))
+            assert written[-1].is_relative_to(tmp_path)
+    assert len(set(written)) == len(written) == 7
+
+
+def test_no_head_is_in_both_sets():
+    subjects = []
+    for name in ("draw-unlabelled", "draw-lesions"):
+        found = options(commands()[name])
+        first = int(found.get("--first", ["1"])[0])
+        subjects.append(set(range(first, first + int(found["--subjects"][0]))))
+    assert not subjects[0] & subjects[1]
+
+
+def test_options_reach_the_commands():
+    found = commands(
+        "--device", "cuda", "--seed", "7", "--pretrain-steps", "9", "--finetune-steps", "8", "--folds", "3"
+    )
+    for name in ("pretrain", "finetune-scratch", "finetune-pretrained"):
+        assert options(found[name])["--device"] == ["cuda"]
+        assert options(found[name])["--seed"] == ["7"]
+    assert options(found["pretrain"])["--steps"] == ["9"]
+    assert options(found["finetune-scratch"])["--steps"] == ["8"]
+    assert options(found["finetune-scratch"])["--folds"] == ["3"]
+    assert options(found["finetune-pretrained"])["--weights"][0].endswith("step-9.pt")
+
+
+@pytest.mark.slow
+def test_commands_use_options_that_exist():
+    """Every long option is in the help of its program, and so is every value that a help lists as a choice."""
+    programs = {}
+    for command in commands().values():
+        start = command[:3] if command[1] == "-m" else command[:2]
+        programs.setdefault(tuple(start), set()).update(options(command))
+    for start, used in programs.items():
+        shown = subprocess.run([*start, "--help"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        assert used <= set(shown.replace(",", " ").replace("[", " ").replace("]", " ").split()), start
+
+
+def test_printed_commands_can_be_copied(tmp_path):
+    command = commands("--out", str(tmp_path / "my runs"))["pretrain"]
+    words = shlex.split(demo.printed(command))
+    assert words[1:] == command[1:]
+    assert words[0] in ("python", sys.executable)
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_a_failing_step_shows_its_end_and_stops(monkeypatch, capfd, tmp_path):
+    steps = {
+        "work": python("print('qui' + 'et')"),
+        "fail": python("print(*range(100), sep='\\n'); import sys; sys.exit('disk ' + 'is full')"),
+        "never": python(f"open({str(tmp_path / 'never')!r}, 'w')"),
+    }
+    monkeypatch.setattr(demo, "steps", lambda args: steps)
+    assert demo.main(["--out", str(tmp_path / "out")]) == 1
+    out, err = capfd.readouterr()
+    assert "disk is full" in out
+    assert "  99\n" in out
+    assert "  50\n" not in out
+    assert "quiet" not in out
+    assert "fail: status 1" in err
+    assert not (tmp_path / "never").exists()
+    assert (tmp_path / "out" / "logs" / "2-fail.log").read_text().startswith("0\n1\n")
+
+
+@pytest.mark.parametrize(("ending", "status"), [("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137)])
+def test_the_status_is_that_of_the_failed_step(monkeypatch, capfd, tmp_path, ending, status):
+    monkeypatch.setattr(demo, "steps", lambda args: {"fail": python(f"import os, sys; {ending}")})
+    assert demo.main(["--out", str(tmp_path)]) == status
+
+
+def test_a_good_run_shows_the_table_and_ends_with_the_commands(monkeypatch, capfd, tmp_path):
+    steps = {"work": python("print('qui' + 'et')"), "evaluate": python("print('Dice ' + '0.5')")}
+    monkeypatch.setattr(demo, "steps", lambda args: steps)
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    out = capfd.readouterr().out
+    assert "[1/2] work\n$ " in out
+    assert "quiet" not in out
+    assert out.count("Dice 0.5\n") == 1
+    for command in steps.values():
+        assert out.count(demo.printed(command)) == 2  # before it runs, and in the list at the end
+    assert out.index("Dice 0.5\n") > out.index("[2/2] evaluate")  # not overtaken by buffered output
+
+
+def test_without_the_scripts_it_says_where_to_start(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "SCRIPTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"train_pretrain\.py is not in .* the scripts of the repository"):
+        demo.main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
