@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +20,21 @@ from amaes import backend, checkpoint, cli, distributed, options
 from amaes.augment import FINETUNE_PRESETS as AUGMENTATIONS
 from amaes.augment import FinetuneAugment
 from amaes.data import Batches, Patches, Store, fold_splits, loader, saved_split
+from amaes.files import sha256, write_json
 from amaes.losses import segmentation_loss
-from amaes.models import SEGMENTATION_DECODERS, build_segmenter
+from amaes.models import SEGMENTATION_DECODERS, build_network
 from amaes.optim import build_optimizer, set_lr, stretched_cosine
 from amaes.run import Progress, StopRequest, checkpoint_content, open_run, restore
 
 SCRATCH = "scratch"
+
+
+def _split_seed(text: str) -> int:
+    """argparse type: integer from 0 to 4 million (the folds' generator takes 1000 times it, 32 bits)."""
+    value = cli.non_negative_int(text)
+    if value > 4_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 4000000")
+    return value
 
 
 def parse_options() -> argparse.Namespace:
@@ -48,7 +58,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument_group("folds: train on few cases, test on all others").add_argument
     add("--folds", type=cli.positive_int, default=6, help="number of folds")
     add("--train-cases", type=cli.positive_int, default=20, help="labelled cases a fold trains on")
-    add("--split-seed", type=cli.non_negative_int, default=0, help="of the drawing of folds")
+    add("--split-seed", type=_split_seed, default=0, help="of the drawing of folds")
     add("--fold", default="all", metavar="K|all", help="the fold to train, counted from 0")
     add("--steps", type=cli.positive_int, default=2500, help="optimizer steps of each fold")
     options.add_model_options(parser, arch="unet_xl")
@@ -58,6 +68,13 @@ def parse_options() -> argparse.Namespace:
         args.augment = "all" if args.weights == SCRATCH else "spatial"
     if args.fold != "all" and not (args.fold.isdecimal() and int(args.fold) < args.folds):
         parser.error(f"--fold {args.fold}: accepted: all, or 0 to {args.folds - 1} (--folds {args.folds})")
+    args.fold = args.fold if args.fold == "all" else str(int(args.fold))
+    if args.fold != "all" and args.overwrite:
+        parser.error(
+            f"--overwrite --fold {args.fold}: would delete all folds; delete {args.out}/fold{args.fold} instead"
+        )
+    if args.weights != SCRATCH and Path(args.weights).resolve().is_relative_to(args.out.resolve()):
+        parser.error(f"--weights {args.weights}: lies in --out {args.out}; take another --out")
     return args
 
 
@@ -69,75 +86,82 @@ def main() -> int:
     # What contradicts itself is refused before any work.
     options.check_batch(args.batch_size, ranks.world, args.accumulate)
     options.check_patch_size(args.patch_size, args.arch)
+    half = backend.use_bf16(ranks.device, args.precision)
+    compiler, how = backend.compiler(ranks.device, args.compile)
+    args.data = str(Path(args.data).absolute())  # so that config.json finds it from any working folder
     store = Store(args.data)
+    if store.num_classes < 2:
+        raise ValueError(f"--data {args.data}: its labels are all background; there is nothing to learn")
     build = {
         "arch": args.arch,
         "in_channels": len(store.channels),
         "num_classes": store.num_classes,
         "decoder": args.decoder,
         "deep_supervision": args.deep_supervision,
+        **options.encoder_options(args),
     }
     if args.weights != SCRATCH:
         check_preprocessing(Path(args.weights), store)
         with torch.device("meta"):
-            trial = build_segmenter(**build)
+            trial = build_network("segment", build)
         checkpoint.load_encoder(trial, Path(args.weights), args.stem, args.allow_partial)
     splits = distributed.from_main(splits_of(store, args) if ranks.is_main else None)
+    make = partial(build_network, "segment", build, args.checkpoint_activations)
+    fitting = backend.fit_micro_batch(make, args.patch_size, args.batch_size, ranks, half)
+    chosen = {"accumulate": fitting if args.accumulate == "auto" else args.accumulate, "world": ranks.world}
 
     if ranks.is_main:
-        record = {"store": store.fingerprint, "build": build}
-        open_run(args.out, options.as_plain(args), record, args.resume, args.overwrite)
-    distributed.barrier()
+        weights = SCRATCH if args.weights == SCRATCH else sha256(args.weights)  # another file under the name shows
+        record = {"store": store.fingerprint, "build": build, "splits": splits, "weights": weights}
+        chosen = open_run(args.out, "segment", options.as_plain(args), record, chosen, args.resume, args.overwrite)
+    accumulate = distributed.from_main(chosen)["accumulate"] if args.accumulate == "auto" else args.accumulate
+    log(f"{options.describe_batch(args.batch_size, accumulate, ranks, args.steps)}, {args.augment} augmentation, {how}")
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=half)
+    plan = Plan(store, build, accumulate, autocast, compiler, StopRequest())
     for fold, split in enumerate(splits):
         if args.fold in ("all", str(fold)):
             log(f"fold {fold}: {len(split['train'])} cases to train on, {len(split['test'])} to test on")
-            train_fold(args, store, build, split, args.out / f"fold{fold}", ranks, log)
+            train_fold(args, plan, split, args.out / f"fold{fold}", ranks, log)
     distributed.shutdown()
     log(f"done; next: python evaluate.py {args.out}")
     return cli.EXIT_OK
 
 
-def train_fold(
-    args: argparse.Namespace,
-    store: Store,
-    build: dict,
-    split: dict[str, list[str]],
-    folder: Path,
-    ranks: distributed.Ranks,
-    log: Callable[[str], None],
-) -> None:
+@dataclass
+class Plan:
+    """What all folds share."""
+
+    store: Store
+    build: dict  # arguments of build_segmenter
+    accumulate: int  # micro-steps per step
+    autocast: torch.autocast
+    compiler: Callable
+    stop: StopRequest
+
+
+def train_fold(args: argparse.Namespace, plan: Plan, split: dict, folder: Path, ranks: distributed.Ranks, log) -> None:
     """Train on split["train"] from the start, or from the newest checkpoint in `folder`, to the last step."""
-    half = backend.use_bf16(ranks.device, args.precision)
-    compiler, how = backend.compiler(ranks.device, args.compile)
-    make = partial(build_segmenter, **build)
-    fitting = backend.fit_micro_batch(make, args.patch_size, args.batch_size, ranks, half)
-    accumulate = fitting if args.accumulate == "auto" else args.accumulate
+    store, device = plan.store, ranks.device
     torch.manual_seed(args.seed)  # the decoder starts the same from scratch and with weights
-    network = make()
+    network = build_network("segment", plan.build, args.checkpoint_activations)
     if args.weights != SCRATCH:
         report = checkpoint.load_encoder(network, Path(args.weights), args.stem, args.allow_partial)
         log(f"encoder from {args.weights}:\n{report.table()}")
-    network.to(ranks.device)
+    network.to(device)
     optimizer = build_optimizer(network.parameters(), args.lr, args.weight_decay, args.amsgrad)
     if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(folder / "config.json", split)
+        write_json(folder / "config.json", split)
     step = restore(folder / "checkpoints", network, optimizer, ranks, log)
-    model, gradients = distributed.wrap(network, ranks, compiler)
-    log(f"{args.arch}, {args.decoder} decoder, {sum(p.numel() for p in network.parameters()):,} parameters, {how}")
-    log(f"{options.describe_batch(args.batch_size, accumulate, ranks, args.steps)}, {args.augment} augmentation")
+    model, gradients = distributed.wrap(network, ranks, plan.compiler)
+    log(f"{args.arch}, {args.decoder} decoder, {sum(p.numel() for p in network.parameters()):,} parameters")
 
-    train = [store.index(id) for id in split["train"]]
     augment = FinetuneAugment(args.patch_size, preset=args.augment, seed=args.seed, window=args.window)
-    patches = Patches(
-        store, args.patch_size, augment.window_size, seed=args.seed, labels=True, foreground=args.foreground
-    )
-    order = Batches(
-        train, args.batch_size, args.seed, step, args.steps, accumulate, ranks.rank, ranks.world, drop_last=False
-    )
-    batches = loader(patches, order, args.workers, pin_memory=ranks.device.type == "cuda")
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=half)
-    stop = StopRequest()
+    sizes = (args.patch_size, augment.window_size)
+    patches = Patches(store, *sizes, seed=args.seed, labels=True, foreground=args.foreground)
+    train = [store.index(id) for id in split["train"]]
+    shares = (plan.accumulate, ranks.rank, ranks.world)
+    order = Batches(train, args.batch_size, args.seed, step, args.steps, *shares, drop_last=False)
+    batches = loader(patches, order, args.workers, pin_memory=device.type == "cuda")
     progress = Progress(folder, ranks, step, args.steps, args.log_every, args.batch_size)
     clock = progress.clock
     network.train()
@@ -145,29 +169,30 @@ def train_fold(
         lr = stretched_cosine(step, args.lr, args.steps)
         set_lr(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)
-        for micro in range(accumulate):
+        for micro in range(plan.accumulate):
             batch = next(batches)
             clock.lap("data", on_host=True)
-            windows = [batch[name].to(ranks.device, non_blocking=True) for name in ("image", "label")]
+            windows = [batch[name].to(device, non_blocking=True) for name in ("image", "label")]
             image, label = augment(*windows, augment.draw(batch["epoch"], batch["case"], len(store.channels)))
             clock.lap("augment")
-            with gradients(sync=micro == accumulate - 1):
-                with autocast:
+            with gradients(sync=micro == plan.accumulate - 1):
+                with plan.autocast:
                     outputs = model(image)
-                loss = segmentation_loss(outputs, label) / accumulate
+                loss = segmentation_loss(outputs, label) / plan.accumulate
                 loss.backward()
             progress.add(loss)
         optimizer.step()
         step += 1
         clock.lap("step")
         progress.report(step, lr, network)
-        interrupted = stop.agreed(step, args.log_every, ranks)
+        interrupted = plan.stop.agreed(step, ranks)
         if step % args.save_every == 0 or step == args.steps or interrupted:
+            progress.check_before_saving(step, network)
             if ranks.is_main:
-                content = checkpoint_content("segment", step, network, optimizer, store, build, args)
+                content = checkpoint_content("segment", step, network, optimizer, store, plan.build, args)
                 checkpoint.save(folder / "checkpoints", content, args.keep)
             clock.start()
-        if interrupted and step < args.steps:
+        if interrupted:
             raise KeyboardInterrupt
     progress.close()
 
@@ -176,16 +201,18 @@ def splits_of(store: Store, args: argparse.Namespace) -> list[dict[str, list[str
     """The folds, written to the store the first time."""
     name = f"{args.folds} folds, {args.train_cases} training cases, seed {args.split_seed}"
     make = partial(fold_splits, store, args.folds, args.train_cases, args.split_seed)
-    return saved_split(store, name, make, checkpoint.write_json)
+    return saved_split(store, name, make)
 
 
 def check_preprocessing(weights: Path, store: Store) -> None:
     """Refuse weights that were pretrained on volumes prepared in another way than the store's."""
     saw = checkpoint.read(weights).get("preprocess")
+    if not isinstance(saw, dict):  # a published file, which does not tell
+        return
     for name in ("spacing", "normalization"):
-        if saw is not None and saw[name] != store.config[name]:
+        if saw.get(name) != store.config[name]:
             raise ValueError(
-                f"--weights {weights}: pretrained on volumes with {name} {saw[name]}, {store.path} has "
+                f"--weights {weights}: pretrained on volumes with {name} {saw.get(name)}, {store.path} has "
                 f"{store.config[name]}; preprocess with the same --{name}, or pretrain again"
             )
 

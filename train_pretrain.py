@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from amaes.augment import PretrainAugment
 from amaes.data import CROPS, Batches, Patches, Store, loader, pretrain_split, saved_split
 from amaes.losses import RECONSTRUCTION_MEANS, reconstruction_loss
 from amaes.mask import apply_mask, token_mask
-from amaes.models import RECONSTRUCTION_DECODERS, build_autoencoder
+from amaes.models import RECONSTRUCTION_DECODERS, build_network
 from amaes.optim import build_optimizer, set_lr, warmup_cosine
 from amaes.phantom import make_demo_data
 from amaes.run import Progress, StopRequest, checkpoint_content, open_run, restore
@@ -86,6 +87,7 @@ def main() -> int:
     # What contradicts itself is refused before any work.
     options.check_batch(args.batch_size, ranks.world, args.accumulate)
     options.check_patch_size(args.patch_size, args.arch, args.token_size)
+    options.check_mask(args.patch_size, args.token_size, args.mask_ratio, args.loss_over)
     half = backend.use_bf16(ranks.device, args.precision)
     compiler, how = backend.compiler(ranks.device, args.compile)
 
@@ -98,9 +100,10 @@ def main() -> int:
 
     # Network
     build = {"arch": args.arch, "in_channels": len(store.channels), "decoder": args.decoder, "skips": args.skips}
-    make = partial(build_autoencoder, **build)
+    build |= options.encoder_options(args)
+    make = partial(build_network, "pretrain", build, args.checkpoint_activations)
     fitting = backend.fit_micro_batch(make, args.patch_size, args.batch_size, ranks, half)
-    accumulate = fitting if args.accumulate == "auto" else args.accumulate
+    chosen = {"accumulate": fitting if args.accumulate == "auto" else args.accumulate, "world": ranks.world}
     torch.manual_seed(args.seed)
     network = make().to(ranks.device)
     optimizer = build_optimizer(network.parameters(), args.lr, args.weight_decay, args.amsgrad)
@@ -108,8 +111,8 @@ def main() -> int:
     # Run
     if ranks.is_main:
         record = {"store": store.fingerprint, "validation": split["validation"], "build": build, "total_steps": steps}
-        open_run(args.out, options.as_plain(args), record, args.resume, args.overwrite)
-    distributed.barrier()
+        chosen = open_run(args.out, "pretrain", options.as_plain(args), record, chosen, args.resume, args.overwrite)
+    accumulate = distributed.from_main(chosen)["accumulate"] if args.accumulate == "auto" else args.accumulate
     step = restore(args.out / "checkpoints", network, optimizer, ranks, log)
     model, gradients = distributed.wrap(network, ranks, compiler)
     log(f"{args.arch}, {args.decoder} decoder, {sum(p.numel() for p in network.parameters()):,} parameters, {how}")
@@ -162,8 +165,9 @@ def loop(args, plan: Plan, ranks, network: nn.Module, model: Callable, gradients
             progress.write(step=step, val_loss=loss, val_loss_of_the_mean=baseline)
             log(f"step {step}: validation loss {loss:.5f} (predicting the visible mean: {baseline:.5f})")
             clock.start()
-        interrupted = stop.agreed(step, args.log_every, ranks)
+        interrupted = stop.agreed(step, ranks)
         if step % args.save_every == 0 or step == plan.steps or interrupted:
+            progress.check_before_saving(step, network)
             if ranks.is_main:
                 content = checkpoint_content("pretrain", step, network, optimizer, plan.store, plan.build, args)
                 checkpoint.save(args.out / "checkpoints", content, args.keep)
@@ -201,6 +205,7 @@ def validate(network: nn.Module, plan: Plan, args: argparse.Namespace, ranks: di
 def open_store(args: argparse.Namespace, ranks: distributed.Ranks, log: Callable[[str], None]) -> Store:
     """The store of --data; the demo's is made first, by rank 0."""
     if args.data != "demo":
+        args.data = str(Path(args.data).absolute())  # so that config.json finds it from any working folder
         return Store(args.data)
     folder = args.out / "demo"
     if ranks.is_main:
@@ -213,7 +218,7 @@ def split_of(store: Store, args: argparse.Namespace) -> dict[str, list[str]]:
     """Training and validation volumes, written to the store the first time."""
     name = f"pretrain, {args.val_fraction} of volumes by {args.split_by}, seed {args.seed}"
     make = partial(pretrain_split, store, args.val_fraction, args.seed, args.split_by)
-    return saved_split(store, name, make, checkpoint.write_json)
+    return saved_split(store, name, make, by_subject=args.split_by == "subject")
 
 
 if __name__ == "__main__":

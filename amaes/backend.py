@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -66,19 +65,33 @@ _BYTES_PER_PARAMETER = 20
 def saved_bytes(network: nn.Module, shape: Sequence[int]) -> int:
     """Bytes that autograd keeps for the backward pass of a float32 input of `shape`; `network` must be on "meta".
 
-    The meta device computes shapes alone, so this takes no memory and little time.
+    The meta device computes shapes alone, so this takes no memory and little time. Of stages that the backward pass
+    runs again, the inputs count, and the one that keeps most while it runs.
     """
-    total = 0
+    sums = [0]  # what is kept throughout, then what each such stage keeps
+    into = 0
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal total
         if not isinstance(tensor, nn.Parameter):
-            total += tensor.numel() * tensor.element_size()
+            sums[into] += tensor.numel() * tensor.element_size()
         return tensor
 
+    def begin(stage: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        nonlocal into
+        count(inputs[0])
+        sums.append(0)
+        into = -1
+
+    def end(stage: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        nonlocal into
+        into = 0
+
+    for stage in network.checkpoint_activations(False) if hasattr(network, "checkpoint_activations") else ():
+        stage.register_forward_pre_hook(begin)
+        stage.register_forward_hook(end)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         network(torch.empty(tuple(shape), device="meta"))
-    return total
+    return sums[0] + max(sums[1:], default=0)
 
 
 def fit_micro_batch(
@@ -121,19 +134,33 @@ def memory_of(device: torch.device, local_world: int = 1) -> tuple[float | None,
     """Total and free bytes for one process on `device`; (None, None) where the system does not tell."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return total, free
+        return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     table = Path("/proc/meminfo")
     if not table.is_file():
         return None, None
     kilobytes = {line.split(":")[0]: float(line.split()[1]) for line in table.read_text().splitlines() if ":" in line}
     total, free = kilobytes["MemTotal"] * 1024, kilobytes.get("MemAvailable", kilobytes["MemFree"]) * 1024
-    limit = _container_limit()
-    if limit is not None:
-        total, free = min(total, limit), min(free, limit)
+    for limit, used in _container_memory():
+        total, free = min(total, limit), min(free, limit - used)
     return total / local_world, free / local_world
 
 
-def _container_limit() -> float | None:
-    path = Path("/sys/fs/cgroup/memory.max")
-    text = path.read_text().strip() if path.is_file() and os.access(path, os.R_OK) else "max"
-    return None if text == "max" else float(text)
+def _container_memory() -> Iterator[tuple[float, float]]:
+    """Limit and use, bytes, of every control group this process is in (containers, Slurm jobs), versions 1 and 2."""
+    table = Path("/proc/self/cgroup")
+    for line in table.read_text().splitlines() if table.is_file() else []:
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", controllers)
+        names = (
+            ("memory.max", "memory.current") if not controllers else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        here = root / group.lstrip("/")
+        for folder in (here, *here.parents):
+            try:
+                limit, used = ((folder / name).read_text().strip() for name in names)
+            except OSError:
+                continue
+            if limit != "max":
+                yield float(limit), float(used)

@@ -8,55 +8,38 @@ A checkpoint holds tensors and plain data only, so that `torch.load(weights_only
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from amaes.models import build_network
+from amaes.files import write_json, written_whole
+from amaes.models import ARCHITECTURES, build_encoder, build_network
+from amaes.models.mednext import grow_kernel
+from amaes.published import Imported, convert
 
 FORMAT = "amaes-checkpoint-1"
 
+# NumPy's numbers and arrays, which older published files keep beside their tensors: plain data, no code.
+_MULTIARRAY = getattr(np, "_core", None) or np.core  # NumPy 2 renamed it
+_NUMPY = [
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"},
+    *(
+        (function, f"{package}.multiarray.{function.__name__}")
+        for function in (_MULTIARRAY.multiarray.scalar, _MULTIARRAY.multiarray._reconstruct)
+        for package in ("numpy.core", "numpy._core")
+    ),
+]
+
 
 # Files ----------------------------------------------------------------------------------------------------------------
-
-
-def write_atomic(path: Path, write: Callable) -> None:
-    """Call `write(file)` on a temporary file beside `path`, flush it to the disk, then give it the name.
-
-    Raises:
-        OSError: nothing was written under `path`, and what stood there is untouched; names the path and the reason.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else _root_cause(error)
-        raise OSError(f"{path}: could not be written ({reason}); what was saved before is untouched") from error
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__context__ is not None:
-        error = error.__context__
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write `content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=1, default=str) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def read(path: Path) -> dict:
@@ -69,8 +52,10 @@ def read(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError, OSError) as error:
+        with torch.serialization.safe_globals(_NUMPY), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # refused in our words, or read all the same
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can raise anything
         reason = "it holds other objects" if "weights_only" in str(error) else str(error).split("\n")[0][:120]
         raise ValueError(
             f"{path}: not a checkpoint ({reason or type(error).__name__}); only tensors and plain data are read"
@@ -90,9 +75,14 @@ def save(folder: Path, content: dict, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     step = content["step"]
     path = folder / f"step-{step}.pt"
-    write_atomic(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+    with written_whole(path) as file:
+        torch.save({"format": FORMAT, **content}, file)
     write_json(folder / "last.json", {"step": step, "file": path.name})
-    for old in saved(folder)[keep:]:
+    for left in folder.glob(".step-*.tmp"):  # of a run that was killed while it saved
+        left.unlink()
+    found = saved(folder)
+    newest = found.index(path)  # files of later steps were not sound, or this run would have gone on from them
+    for old in (*found[:newest], *found[newest + keep :]):
         old.unlink()
     return path
 
@@ -119,7 +109,7 @@ def latest(folder: Path) -> tuple[dict | None, Path | None, list[str]]:
             if broken is not None:
                 raise ValueError(f"{path}: entry {broken} is damaged")
             return read(path), path, complaints
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # as in `read`
             complaints.append(f"{path}: skipped, not sound ({error})")
     return None, None, complaints
 
@@ -136,77 +126,107 @@ def load_segmenter(path: Path, device: torch.device | str = "cpu") -> tuple[nn.M
     content = read(Path(path))
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r}")
+    _check_entries(path, content, "task")
     if content["task"] != "segment":
         raise ValueError(
             f"{path}: a checkpoint of task {content['task']!r}; fine-tune it first (train_finetune.py --weights)"
         )
-    network = build_network(content["task"], content["build"])
-    network.load_state_dict(content["model"])
+    _check_entries(path, content, "model", "build", "preprocess", "channels", "labels", "patch_size")
+    network = _rebuild(path, content)
+    try:
+        network.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit its network ({str(error).splitlines()[0]})") from None
     meta = {key: value for key, value in content.items() if key not in ("model", "optimizer")}
     return network.to(device).eval(), meta
 
 
+# Types of a checkpoint's entries. A file can hold anything; what is read is checked first.
+_ENTRIES = {
+    **dict.fromkeys(("model", "build", "preprocess", "labels"), dict),
+    **dict.fromkeys(("channels", "patch_size"), list),
+    "task": str,
+}
+
+
+def _check_entries(path: Path, content: dict, *names: str) -> None:
+    for name in names:
+        if not isinstance(content.get(name), _ENTRIES[name]):
+            found = type(content[name]).__name__ if name in content else "nothing"
+            raise ValueError(f"{path}: its {name!r} is {found}, expected {_ENTRIES[name].__name__}")
+    if "model" in names and not all(isinstance(tensor, torch.Tensor) for tensor in content["model"].values()):
+        raise ValueError(f"{path}: its 'model' holds other things than tensors")
+
+
+def _rebuild(path: Path, content: dict) -> nn.Module:
+    try:
+        return build_network(content["task"], content["build"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its 'build' describes no network ({error})") from None
+
+
 # Weights into an encoder ----------------------------------------------------------------------------------------------
 
-# Names of the published AMAES U-Nets and ours. Stage i counts from full resolution; theirs count in order of execution.
-_AMAES_UNET = (
-    (r"^(rec_head|pred_head)\.", "decoder."),
-    (r"\bin_conv\.", "stages.0."),
-    (r"\bencoder_conv(\d)\.", r"stages.\1."),
-    (r"\bdecoder_conv(\d)\.", lambda m: f"stages.{4 - int(m[1])}."),
-    (r"\bupsample(\d)\.", lambda m: f"ups.{4 - int(m[1])}."),
-    (r"\bds_out_conv(\d)\.", lambda m: f"heads.{4 - int(m[1])}."),
-    (r"\bout_conv\.", "heads.0."),
-    (r"\.conv(\d)\.(?=conv|norm)", lambda m: f".{int(m[1]) - 1}."),
-)
-_WRAPPERS = re.compile(r"\b(module|model|_orig_mod)\.")
 
+def import_weights(path: Path, arch: str | None = None) -> dict[str, torch.Tensor]:
+    """Weights of one of our checkpoints or of a published file (`amaes.published`), under our names.
 
-def import_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of one of our checkpoints or of a published AMAES U-Net, under our names.
-
-    Published files hold a plain state dict or one under "state_dict" or "model"; the prefixes `module.`, `model.` and
-    `_orig_mod.` are taken off wherever they stand.
+    Args:
+        path: the file.
+        arch: a key of ARCHITECTURES: refuse a file that does not hold the whole encoder of that name, the number of
+            input channels aside.
 
     Raises:
-        FileNotFoundError, ValueError: see `read`; also a file without tensors.
+        FileNotFoundError, ValueError: see `read`; also a file of unknown names, or one that does not fit `arch`.
     """
-    content = read(Path(path))
-    if content.get("format") == FORMAT:
-        return content["model"]
-    for outer in ("state_dict", "model"):
-        if isinstance(content.get(outer), dict):
-            content = content[outer]
-    tensors = {_WRAPPERS.sub("", key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise ValueError(f"{path}: holds no tensors; entries: {', '.join(map(str, list(content)[:5]))}")
-    return {rename(key, _AMAES_UNET): value for key, value in tensors.items()}
+    tensors = _import(Path(path)).tensors
+    if arch is not None and not _fits(tensors, arch):
+        raise ValueError(f"{path}: does not hold the encoder of {arch}; {_fitting(tensors)}")
+    return tensors
 
 
-def rename(key: str, rules: tuple) -> str:
-    """`key` with every (pattern, replacement) of `rules` applied in order."""
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
+def _import(path: Path) -> Imported:
+    content = read(path)
+    if content.get("format") != FORMAT:
+        return convert(content, path)
+    _check_entries(path, content, "task", "model", "build")
+    with torch.device("meta"):
+        variant = _rebuild(path, content).encoder.variant
+    return Imported(content["model"], f"checkpoint of {content['build'].get('arch')}", variant)
+
+
+def _fits(tensors: dict[str, torch.Tensor], arch: str) -> bool:
+    with torch.device("meta"):
+        own = build_encoder(arch).state_dict()
+    given = {name: tensors.get(f"encoder.{name}") for name in own}
+    return all(t is not None and _same_but_channels(t, own[name]) for name, t in given.items())
+
+
+def _fitting(tensors: dict[str, torch.Tensor]) -> str:
+    archs = [arch for arch in ARCHITECTURES if _fits(tensors, arch)]
+    return f"it fits --arch {' or '.join(archs)}" if archs else "it fits no architecture as a whole"
 
 
 @dataclass
 class Transfer:
     """What went where when an encoder took weights: names of tensors, and the share of the encoder's parameters."""
 
+    source: str = ""  # what kind of file it was
     loaded: list[str] = field(default_factory=list)  # copied as they are
-    adapted: list[str] = field(default_factory=list)  # the first convolution, to another number of channels
+    adapted: list[str] = field(default_factory=list)  # of other input channels, or of a smaller kernel (UpKern)
     new: list[str] = field(default_factory=list)  # kept at their initial values
     ignored: list[str] = field(default_factory=list)  # in the file, not in the encoder
+    notes: list[str] = field(default_factory=list)  # what the file does not tell
     coverage: float = 0.0  # parameters loaded or adapted / parameters of the encoder
 
     def table(self) -> str:
         """One line per kind with count and examples."""
-        lines = []
+        lines = [f"  {self.source}"]
         for kind in ("loaded", "adapted", "new", "ignored"):
             names = getattr(self, kind)
             examples = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
             lines.append(f"  {kind:8s} {len(names):4d} tensors  {examples}")
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(
             [*lines, f"  {100 * self.coverage:.1f} % of the encoder's parameters have weights from the file"]
         )
@@ -214,6 +234,8 @@ class Transfer:
 
 def load_encoder(network: nn.Module, path: Path, stem: str = "repeat", allow_partial: bool = False) -> Transfer:
     """Copy the encoder's weights from a file into `network.encoder`; decoder and head stay as they are.
+
+    Depthwise kernels of a smaller side are enlarged (UpKern, arXiv 2303.09975, Sec. 2.3).
 
     Args:
         network: has an attribute `encoder`.
@@ -223,14 +245,17 @@ def load_encoder(network: nn.Module, path: Path, stem: str = "repeat", allow_par
         allow_partial: accept a file that gives less than 95 % of the encoder's parameters.
 
     Raises:
-        ValueError: less than 95 % of the encoder's parameters found (nothing is changed then), or unknown `stem`.
+        ValueError: less than 95 % of the encoder's parameters found, or weights of another variant of the encoder
+            (nothing is changed then); or unknown `stem`.
     """
     if stem not in STEMS:
         raise ValueError(f"stem {stem!r} is unknown; accepted: {', '.join(STEMS)}")
-    source = import_weights(path)
+    imported = _import(Path(path))
+    source = imported.tensors
     own = network.encoder.state_dict()
     first = next(name for name, tensor in own.items() if tensor.dim() == 5)
-    report, found = Transfer(), {}
+    report, found = Transfer(imported.family), {}
+    report.notes = _check_variant(path, imported, network.encoder)
     for name, tensor in own.items():
         given = source.get(f"encoder.{name}")
         if given is not None and given.shape == tensor.shape:
@@ -238,6 +263,9 @@ def load_encoder(network: nn.Module, path: Path, stem: str = "repeat", allow_par
             report.loaded.append(name)
         elif name == first and stem == "repeat" and given is not None and _same_but_channels(given, tensor):
             found[name] = given.sum(dim=1, keepdim=True).expand_as(tensor) / tensor.shape[1]
+            report.adapted.append(name)
+        elif given is not None and name.endswith("depthwise.weight") and _smaller_kernel(given, tensor):
+            found[name] = grow_kernel(given, tensor.shape[-1])
             report.adapted.append(name)
         else:
             report.new.append(name)
@@ -249,15 +277,30 @@ def load_encoder(network: nn.Module, path: Path, stem: str = "repeat", allow_par
     if not found or (report.coverage < 0.95 and not allow_partial):
         raise ValueError(
             f"{path}: gives {100 * report.coverage:.1f} % of the encoder's parameters ({len(found)} of {len(own)} "
-            f"tensors), at least 95 % are needed; the file holds {_sizes(source)}; the encoder needs "
-            f"{_sizes({'encoder.' + name: own[name] for name in report.new})}; is it another --arch? "
+            f"tensors), at least 95 % are needed; the file ({imported.family}) holds {_sizes(source)}; the encoder "
+            f"needs {_sizes({'encoder.' + name: own[name] for name in report.new})}; {_fitting(source)} "
             "(--allow-partial takes what fits)"
         )
-    network.encoder.load_state_dict(found, strict=False)
+    if not all(tensor.isfinite().all() for tensor in found.values()):
+        raise ValueError(f"{path}: holds weights that are not finite")
+    if not next(network.encoder.parameters()).is_meta:  # on "meta" the question was whether the file fits
+        network.encoder.load_state_dict(found, strict=False)
     return report
 
 
 STEMS = ("repeat", "random")
+
+
+def _check_variant(path: Path, imported: Imported, encoder: nn.Module) -> list[str]:
+    """Refuse weights of another variant of the encoder; say which one is assumed where the file does not tell."""
+    notes = []
+    for option, value in encoder.variant.items():
+        made = imported.variant.get(option)
+        if made is None:
+            notes.append(f"--{option} {value} is assumed, the file does not tell")
+        elif made != value:
+            raise ValueError(f"{path}: made with --{option} {made}, the network has {value}; give --{option} {made}")
+    return notes
 
 
 def _sizes(tensors: dict[str, torch.Tensor]) -> str:
@@ -266,3 +309,7 @@ def _sizes(tensors: dict[str, torch.Tensor]) -> str:
 
 def _same_but_channels(given: torch.Tensor, own: torch.Tensor) -> bool:
     return given.dim() == own.dim() and given.shape[0] == own.shape[0] and given.shape[2:] == own.shape[2:]
+
+
+def _smaller_kernel(given: torch.Tensor, own: torch.Tensor) -> bool:
+    return given.dim() == 5 and given.shape[:2] == own.shape[:2] and given.shape[-1] < own.shape[-1]

@@ -62,6 +62,11 @@ def non_negative_int(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "an integer >= 0")
 
 
+def seed(text: str) -> int:
+    """argparse type: integer from 0 to 2^32 - 1."""
+    return _number(text, int, lambda value: 0 <= value < 2**32, "an integer from 0 to 2^32 - 1")
+
+
 def positive_float(text: str) -> float:
     """argparse type: finite number > 0."""
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number > 0")

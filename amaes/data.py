@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -18,8 +19,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from amaes import rng
+from amaes.files import write_json
 
 STORE_FORMAT = "amaes-store-1"
+SPLITS_FORMAT = "amaes-splits-1"
 
 
 # Store ----------------------------------------------------------------------------------------------------------------
@@ -66,13 +69,16 @@ class Store:
         if not isinstance(content, dict) or content.get("format") != STORE_FORMAT:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{index}: format {found!r}, expected {STORE_FORMAT!r}")
-        self.channels: list[str] = content["channels"]
-        self.labels = {int(value): name for value, name in content["labels"].items()}
-        self.config: dict = content["config"]
-        self.cases = [_case(entry, index) for entry in content["cases"]]
+        try:
+            self.channels = [str(name) for name in content["channels"]]
+            self.labels = {int(value): str(name) for value, name in content["labels"].items()}
+            self.config = dict(content["config"])
+            self.cases = [_case(entry, index) for entry in content["cases"]]
+            digest = [content["config_hash"], self.channels, content["labels"], [astuple(case) for case in self.cases]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: not a store's index ({type(error).__name__}: {error})") from None
         self._index = {case.id: i for i, case in enumerate(self.cases)}
-        digest = json.dumps([content["config_hash"], [(case.id, case.shape) for case in self.cases]])
-        self.fingerprint = hashlib.sha256(digest.encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(json.dumps(digest, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def num_classes(self) -> int:
@@ -199,24 +205,47 @@ def _groups(cases: Sequence[Case], group: str) -> list[list[str]]:
     return [members[key] for key in sorted(members)]
 
 
-def saved_split(store: Store, name: str, make: Callable[[], object], write: Callable[[Path, object], None]) -> object:
-    """The split `name` of STORE/splits.json; made and written there the first time.
+def saved_split(store: Store, name: str, make: Callable[[], object], by_subject: bool = True) -> object:
+    """The split `name` of STORE/splits.json; made the first time, and written there where the store can be written to.
+
+    Args:
+        store: where the cases are.
+        name: what the split follows from.
+        make: draws it: {side: ids}, or a list of such, one per fold.
+        by_subject: no subject may be on two sides.
 
     Raises:
-        ValueError: the saved split names cases that the store no longer has.
+        ValueError: not a file of splits, or the split names cases that the store does not have, or has a subject on
+            two sides.
     """
     path = store.path / "splits.json"
-    content = json.loads(path.read_text()) if path.is_file() else {"format": "amaes-splits-1", "splits": {}}
+    content = {"format": SPLITS_FORMAT, "splits": {}}
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}); delete it to draw splits again") from None
+        if not isinstance(content, dict) or content.get("format") != SPLITS_FORMAT:
+            raise ValueError(f"{path}: not a file of splits ({SPLITS_FORMAT}); delete it to draw them again")
+    name = f"{name}, store {store.fingerprint}"  # a store that has changed gets new splits, the old ones stay on record
     if name not in content["splits"]:
-        content["splits"][name] = {"store": store.fingerprint, "split": make()}
-        write(path, content)
-    split = content["splits"][name]["split"]
-    ids = {id for part in (split if isinstance(split, list) else [split]) for side in part.values() for id in side}
-    missing = sorted(ids - {case.id for case in store.cases})
+        content["splits"][name] = make()
+        if os.access(store.path, os.W_OK):
+            write_json(path, content)
+    split = content["splits"][name]
+    parts = split if isinstance(split, list) else [split]
+    subject = {case.id: case.subject for case in store.cases}
+    missing = sorted({id for part in parts for side in part.values() for id in side} - set(subject))
     if missing:
         raise ValueError(
             f"{path}: split {name!r} names {len(missing)} cases that the store does not have, e.g. {missing[0]}"
         )
+    for part in parts if by_subject else []:
+        train, other = ({subject[id] for id in side} for side in part.values())
+        if train & other:
+            raise ValueError(
+                f"{path}: split {name!r} has subject {min(train & other)} on both sides; delete it to draw it again"
+            )
     return split
 
 
@@ -268,6 +297,8 @@ class Patches(Dataset):
             item = {"image": torch.from_numpy(image), "epoch": epoch, "case": index}
             if self.labels:
                 label = read_window(self.store.label(case.id)[None], start, self.window, 0)
+                if label.max() >= self.store.num_classes:
+                    raise ValueError(f"label value {label.max()}, the store has 0 to {self.store.num_classes - 1}")
                 item["label"] = torch.from_numpy(label[0])
             return item
         except Exception as error:  # handed to the training process, which names the case instead of a dead worker
@@ -353,6 +384,8 @@ class Batches:
         world: int = 1,
         drop_last: bool = True,
     ) -> None:
+        if not len(indices):
+            raise ValueError("there is no case to train on")
         self.indices = np.asarray(indices)
         self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
         self.accumulate, self.rank, self.world = accumulate, rank, world

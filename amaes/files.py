@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -42,11 +43,42 @@ def written_whole(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
         raise told from error
 
 
+@contextmanager
+def locked(folder: Path, message: str) -> Iterator[None]:
+    """Keep a second process out of a folder, where the file system knows locks.
+
+    Raises:
+        ValueError: another process is in it, with `message`.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: {message}") from None
+        except OSError:  # no locks on this file system
+            pass
+        yield
+
+
 def _cause(error: BaseException) -> OSError | None:
     """The OSError behind an exception: torch.save, for one, reports a failed write as a RuntimeError."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from amaes import cli
 from amaes.backend import COMPILE_CHOICES, PRECISIONS
 from amaes.distributed import Ranks
-from amaes.models import ARCHITECTURES, build_encoder
+from amaes.models import ARCHITECTURES, ENCODER_OPTIONS, build_encoder
 from amaes.optim import PRESETS, hyperparameters
 
 
@@ -20,6 +20,8 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
     """--arch, --preset, --patch-size and the hyper-parameters whose defaults the preset sets."""
     add = parser.add_argument_group("network and optimizer").add_argument
     add("--arch", choices=list(ARCHITECTURES), default=arch, help="network")
+    for name, explanation in _ENCODER_OPTIONS.items():
+        add(f"--{name}", choices=ENCODER_OPTIONS[name][1], help=explanation)
     add("--preset", choices=list(PRESETS), default="appendix_r1", help="published values; sets the next four defaults")
     add("--lr", type=cli.positive_float, help="base learning rate of AdamW")
     add("--batch-size", type=cli.positive_int, help="global batch: patches per step over all ranks")
@@ -38,6 +40,17 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
     )
 
 
+_ENCODER_OPTIONS = {
+    "merging": "order of sub-grids in swin_unetr (default: fixed; legacy: weights from before MONAI 1.5)",
+    "grn": "what MedNeXt-v2's response norm divides by, over channels (default: mean, as the authors' code)",
+}
+
+
+def encoder_options(args: argparse.Namespace) -> dict[str, str]:
+    """The options of the encoder that were given, as arguments of `build_encoder`."""
+    return {name: getattr(args, name) for name in _ENCODER_OPTIONS if getattr(args, name) is not None}
+
+
 def _accumulate(text: str) -> int | str:
     return text if text == "auto" else cli.positive_int(text)
 
@@ -48,10 +61,11 @@ def add_run_options(parser: cli.Parser, out: str, save_every: int) -> None:
     add("--out", type=Path, default=Path(out), metavar="RUN", help="folder of the run")
     add("--resume", choices=["auto", "never"], default="auto", help="continue the run found in --out, or refuse it")
     add("--overwrite", action="store_true", help="delete the run found in --out and start over")
-    add("--seed", type=cli.non_negative_int, default=0, help="of weights, order, crops, augmentation and masks")
+    add("--seed", type=cli.seed, default=0, help="of weights, order, crops, augmentation, masks, validation split")
     add("--workers", type=cli.non_negative_int, default=2, help="processes per rank that read patches")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 autocast on CUDA, fp32 on the CPU")
+    add("--checkpoint-activations", action="store_true", help="less memory, more time: run stages again to go back")
     add("--compile", choices=COMPILE_CHOICES, default="auto", help="torch.compile; auto: on CUDA where it works")
     add("--log-every", type=cli.positive_int, default=10, metavar="STEPS", help="steps between lines of metrics.jsonl")
     add("--save-every", type=cli.positive_int, default=save_every, metavar="STEPS", help="steps between checkpoints")
@@ -119,6 +133,17 @@ def check_batch(batch_size: int, world: int, accumulate: int | str) -> None:
         raise ValueError(
             f"--batch-size {batch_size}: cannot be split over {shares}; accepted: multiples of {pieces}, "
             f"e.g. {max(1, batch_size // pieces) * pieces}"
+        )
+
+
+def check_mask(patch_size: tuple[int, int, int], token_size: int, mask_ratio: float, loss_over: str) -> None:
+    """Refuse a mask that hides every token, or none where only hidden voxels count."""
+    tokens = math.prod(side // token_size for side in patch_size)
+    kept = int(tokens * (1 - mask_ratio))
+    if kept == 0 or (kept == tokens and loss_over != "all"):
+        raise ValueError(
+            f"--mask-ratio {mask_ratio}: keeps {kept} of {tokens} tokens of {token_size} voxels; at least one must be "
+            "kept, and with --loss-over masked at least one hidden"
         )
 
 

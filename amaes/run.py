@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from functools import cache
 from pathlib import Path
 
 import nibabel
@@ -25,7 +26,7 @@ from tqdm import tqdm
 import amaes
 from amaes import checkpoint, distributed
 from amaes.data import Store
-from amaes.files import write_json
+from amaes.files import write_json, write_text
 from amaes.options import as_plain
 
 try:
@@ -36,65 +37,118 @@ except ImportError:  # Windows
 # What may differ when a run is continued: none of it changes the sequence of patches, draws and masks.
 MAY_CHANGE = frozenset(
     (
-        *("out", "data", "fold", "resume", "overwrite", "keep", "log_every", "save_every", "val_every"),
+        *("out", "data", "weights", "fold", "resume", "overwrite", "keep", "log_every", "save_every", "val_every"),
         *("workers", "device", "compile", "accumulate", "checkpoint_activations"),
     )
 )
 
 
-def open_run(folder: Path, options: dict, record: dict, resume: str = "auto", overwrite: bool = False) -> bool:
+RUN_FORMAT = "amaes-run-1"
+
+
+def open_run(
+    folder: Path,
+    task: str,
+    options: dict,
+    record: dict,
+    chosen: dict,
+    resume: str = "auto",
+    overwrite: bool = False,
+) -> dict:
     """Create the folder of a run, or check that a run found there is the same one.
 
     Args:
         folder: RUN.
+        task: "pretrain" or "segment"; a run of the other task is never touched.
         options: every option of the script, by name.
         record: further plain data for config.json (store fingerprint, splits, ...), compared as well.
+        chosen: what was settled for this machine at the first start and holds as long as the number of ranks does.
         resume: "auto" continues a run found there, "never" refuses it.
         overwrite: delete what a run left there, and start over.
 
     Returns:
-        Whether a run is being continued.
+        `chosen`, or that of the run being continued if it has the same "world".
 
     Raises:
         ValueError: a run with other options is there (shows both values), the folder holds something else, or
             `resume` is "never" and the folder is not empty.
     """
     path = folder / "config.json"
-    if overwrite and path.is_file():
-        _clear(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder}: a file, expected a folder")
+    old = _read_config(path, task)
+    if old is not None and overwrite:
+        _clear(folder)
+        old = None
     started = {"time": _now(), "command": [Path(sys.executable).name, *sys.argv]}
-    if path.is_file():
+    if old is not None:
         if resume == "never":
             raise ValueError(f"--out {folder}: holds a run already; take another folder, --overwrite, or --resume auto")
+        _compare(folder, old["options"], options, "--{}")
+        _compare(folder, old["record"], json.loads(json.dumps(record)), "{}")
+        if old["chosen"]["world"] != chosen["world"]:
+            old["chosen"] = chosen
+        old["starts"].append(started)
+        write_json(path, old)
+        return old["chosen"]
+    strangers = sorted(entry.name for entry in folder.iterdir() if not _may_lie_in(entry)) if folder.is_dir() else []
+    if strangers:
+        raise ValueError(f"--out {folder}: not a run, and holds {strangers[0]}; take an empty or a new folder")
+    write_json(
+        path,
+        {
+            "format": RUN_FORMAT,
+            "task": task,
+            "options": options,
+            "record": record,
+            "chosen": chosen,
+            "versions": versions(),
+            "commit": commit(),
+            "starts": [started],
+        },
+    )
+    return chosen
+
+
+def _read_config(path: Path, task: str) -> dict | None:
+    """config.json of a run of this task; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
         config = json.loads(path.read_text())
-        _compare(folder, config["options"], options)
-        _compare(folder, config["record"], json.loads(json.dumps(record)))
-        config["starts"].append(started)
-        write_json(path, config)
-        return True
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"--out {folder}: not empty and not a run (no config.json); take another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"options": options, "record": record, "versions": versions(), "commit": commit(), "starts": [started]}
-    write_json(path, config)
-    return False
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
+        raise ValueError(f"--out {path.parent}: its config.json is not of a run ({RUN_FORMAT}); take another folder")
+    if config["task"] != task:
+        raise ValueError(f"--out {path.parent}: holds a run of task {config['task']!r}, this is {task!r}; take another")
+    return config
+
+
+def _may_lie_in(entry: Path) -> bool:
+    """What a new run may find in its folder: the demo's data, and what a killed start left."""
+    return entry.name == "demo" or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
 
 
 def _clear(folder: Path) -> None:
-    for name in ("config.json", "metrics.jsonl", "summary.json", "summary.md"):
+    """Delete what a run leaves, config.json last: killed on the way, the folder is still a run."""
+    for sub in (folder / "checkpoints", *folder.glob("fold[0-9]*")):
+        if sub.is_symlink():
+            sub.unlink()
+        elif sub.is_dir():
+            shutil.rmtree(sub)
+    for name in ("metrics.jsonl", "summary.json", "summary.md", "config.json"):
         (folder / name).unlink(missing_ok=True)
-    for sub in (folder / "checkpoints", folder / "demo", *folder.glob("fold[0-9]*")):
-        shutil.rmtree(sub, ignore_errors=True)
 
 
-def _compare(folder: Path, old: dict, new: dict) -> None:
+def _compare(folder: Path, old: dict, new: dict, form: str) -> None:
     for name in sorted(set(old) | set(new)):
         if name not in MAY_CHANGE and old.get(name) != new.get(name):
-            option = "--" + name.replace("_", "-")
+            shown = form.format(name.replace("_", "-"))
+            values = [str(config.get(name)) for config in (new, old)]
+            values = [value if len(value) <= 80 else value[:77] + "..." for value in values]
             raise ValueError(
-                f"{option} {new.get(name)}: the run in {folder} has {old.get(name)}; take another --out, or --overwrite"
+                f"{shown} {values[0]}: the run in {folder} has {values[1]}; take another --out, or --overwrite"
             )
 
 
@@ -140,6 +194,7 @@ def versions() -> dict[str, str]:
     }
 
 
+@cache
 def commit() -> str | None:
     """The commit of the source tree this package is in, "-dirty" added when files differ; None without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -165,16 +220,20 @@ class Metrics:
                     entry = json.loads(line)
                 except ValueError:  # a line cut short when the run was killed
                     continue
-                if entry["step"] <= step:
+                if isinstance(entry, dict) and entry["step"] <= step:
                     kept.append(line + "\n")
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))
         self._path = path
 
     def write(self, **values) -> None:
-        """Append one line; floats are kept to six significant digits."""
-        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        """Append one line; floats are kept to six significant digits, null where they are not finite."""
+        line = {k: _short(v) if isinstance(v, float) else v for k, v in values.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 class Clock:
@@ -246,22 +305,24 @@ class StopRequest:
     """Ctrl-C or SIGTERM as a flag, so that the step under way is finished and saved."""
 
     def __init__(self) -> None:
-        self._requested = False
+        self.requested = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self._requested:  # asked twice: stop at once
+        if self.requested:  # asked twice: stop at once
             raise KeyboardInterrupt
-        self._requested = True
+        self.requested = True
 
-    def agreed(self, step: int, every: int, ranks: distributed.Ranks) -> bool:
-        """Whether to stop after this step; several ranks must agree, which they do every `every` steps."""
+    def agreed(self, step: int, ranks: distributed.Ranks) -> bool:
+        """Whether to stop after this step. Several ranks must agree: after every step on the CPU, every tenth on CUDA,
+        where asking waits for the device."""
         if ranks.world == 1:
-            return self._requested
-        if step % every:
+            return self.requested
+        if ranks.device.type == "cuda" and step % 10:
             return False
-        return bool(distributed.sum_over_ranks(torch.tensor(float(self._requested), device=ranks.device)).item())
+        self.requested = bool(distributed.sum_over_ranks(torch.tensor(float(self.requested), device=ranks.device)))
+        return self.requested
 
 
 def restore(
@@ -288,6 +349,10 @@ def restore(
     optimizer.load_state_dict(content["optimizer"])
     log(f"continuing at step {content['step']} from {path}")
     return content["step"]
+
+
+def _not_finite(step: int, what: str) -> str:
+    return f"step {step}: {what}; not saved, what was saved before is sound; a lower --lr may help"
 
 
 class Progress:
@@ -322,11 +387,11 @@ class Progress:
         """End a step; every so many, write the mean loss since the last line, gradient norm, speed and memory.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            ValueError: the loss is not finite.
         """
         self.clock.step()
         self._bar.update()
-        if step % self._every:
+        if step % self._every and step != self._total:
             return
         loss = (distributed.sum_over_ranks(self._loss) / self._ranks.world / (step - self._since)).item()
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
@@ -352,7 +417,18 @@ class Progress:
         self._loss = torch.zeros_like(self._loss)
         self._since = step
         if not math.isfinite(loss):
-            raise FloatingPointError(f"step {step}: the loss is {loss}; the last checkpoint before it is kept")
+            raise ValueError(_not_finite(step, f"the loss is {loss}"))
+
+    def check_before_saving(self, step: int, network: nn.Module) -> None:
+        """Refuse to save what has gone wrong since the last line. Waits for the device.
+
+        Raises:
+            ValueError: the loss or a weight is not finite.
+        """
+        loss = distributed.sum_over_ranks(self._loss.clone()).item()
+        size = torch.nn.utils.get_total_norm(list(network.parameters())).item()
+        if not math.isfinite(loss) or not math.isfinite(size):
+            raise ValueError(_not_finite(step, f"sum of losses {loss}, norm of weights {size}"))
 
     def write(self, **values) -> None:
         """A line of metrics.jsonl, on rank 0."""

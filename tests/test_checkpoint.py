@@ -1,4 +1,3 @@
-import io
 import os
 import pickle
 import resource
@@ -11,6 +10,7 @@ import torch
 
 from amaes import checkpoint
 from amaes.models import build_autoencoder, build_segmenter
+from amaes.published import recognise, rename
 
 
 def content(step=1, **more):
@@ -28,7 +28,7 @@ def test_what_is_saved_is_read_back_with_weights_only(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    for step in (2, 10, 9, 100):
+    for step in (2, 9, 10, 100):
         checkpoint.save(tmp_path, content(step), keep=2)
     assert [path.name for path in checkpoint.saved(tmp_path)] == ["step-100.pt", "step-10.pt"]
     assert not list(tmp_path.glob(".*"))
@@ -47,6 +47,41 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     assert where.name == "step-1.pt"
     assert len(complaints) == 1
     assert "step-2.pt: skipped" in complaints[0]
+
+
+def test_a_damaged_newer_checkpoint_and_leftovers_go_with_the_next_save(tmp_path):
+    for step in (1, 9):
+        checkpoint.save(tmp_path, content(step), keep=2)
+    (tmp_path / "step-9.pt").write_bytes(b"damaged")
+    (tmp_path / ".step-3.pt.77.tmp").write_bytes(b"half")
+    checkpoint.save(tmp_path, content(2), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.json", "step-2.pt"]
+
+
+def test_any_flipped_byte_is_survived(tmp_path):
+    checkpoint.save(tmp_path, content(1), keep=9)
+    path = checkpoint.save(tmp_path, content(2), keep=9)
+    data = path.read_bytes()
+    for at in range(0, len(data), 7):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        found, _, _ = checkpoint.latest(tmp_path)
+        assert torch.equal(found["model"]["w"], torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({}, "its 'task' is nothing, expected str"),
+        ({"task": "segment"}, "its 'model' is nothing, expected dict"),
+        ({"task": "segment", "model": {"w": 3}, "build": {}}, "holds other things than tensors|'preprocess' is nothing"),
+        ({"task": "segment", "model": {}, "build": {"arch": 3}}, "describes no network|'preprocess' is nothing"),
+    ],
+)
+def test_entries_are_checked_before_they_are_used(tmp_path, entries, message):
+    torch.save({"format": checkpoint.FORMAT, **entries}, tmp_path / "odd.pt")
+    for reader in (checkpoint.load_segmenter, checkpoint.import_weights):
+        with pytest.raises(ValueError, match=message):
+            reader(tmp_path / "odd.pt")
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
@@ -100,7 +135,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(tmp_path):
         "    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "step-2.pt: could not be written (File too large); what was saved before is untouched" in done.stdout
+    assert "step-2.pt: could not be written (File too large); what was there before is untouched" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.json", "step-1.pt"]
     assert checkpoint.latest(tmp_path)[0]["step"] == 1
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20000  # the limit was the child's
@@ -109,10 +144,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(tmp_path):
 # Weights into an encoder
 
 
-def saved(tmp_path, network, **more):
+def saved(tmp_path, network, arch="unet_tiny"):
     path = tmp_path / "weights.pt"
-    torch.save({"format": checkpoint.FORMAT, "model": network.state_dict(), **more}, path)
+    torch.save(ours(network.state_dict(), arch, network.in_channels), path)
     return path
+
+
+def ours(model, arch="unet_tiny", in_channels=1):
+    build = {"arch": arch, "in_channels": in_channels}
+    return {"format": checkpoint.FORMAT, "task": "pretrain", "build": build, "model": model}
 
 
 def test_an_encoder_takes_all_weights_and_the_decoder_stays(tmp_path):
@@ -153,7 +193,7 @@ def test_random_stem_is_left_alone(tmp_path):
 def test_another_architecture_is_refused_and_changes_nothing(tmp_path):
     target = build_segmenter("unet_tiny")
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    path = saved(tmp_path, build_autoencoder("unet_b"))
+    path = saved(tmp_path, build_autoencoder("unet_b"), "unet_b")
     with pytest.raises(ValueError, match=r"gives 0\.0 % of the encoder's parameters \(0 of 40 tensors\).*--arch"):
         checkpoint.load_encoder(target, path, allow_partial=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
@@ -162,7 +202,7 @@ def test_another_architecture_is_refused_and_changes_nothing(tmp_path):
 def test_part_of_an_encoder_needs_permission(tmp_path):
     source, target = build_autoencoder("unet_tiny"), build_segmenter("unet_tiny")
     part = {k: v for k, v in source.state_dict().items() if not k.startswith("encoder.stages.4.1")}
-    torch.save({"format": checkpoint.FORMAT, "model": part}, tmp_path / "part.pt")
+    torch.save(ours(part), tmp_path / "part.pt")
     with pytest.raises(ValueError, match="at least 95 %"):
         checkpoint.load_encoder(target, tmp_path / "part.pt")
     report = checkpoint.load_encoder(target, tmp_path / "part.pt", allow_partial=True)
@@ -177,7 +217,7 @@ def test_part_of_an_encoder_needs_permission(tmp_path):
 def test_published_names_are_recognised(tmp_path, prefix, outer):
     keys = published_keys()
     own = build_autoencoder("unet_tiny").state_dict()
-    shapes = {checkpoint.rename(key, checkpoint._AMAES_UNET): key for key in keys}
+    shapes = {rename(key, recognise(keys).rules): key for key in keys}
     assert set(shapes) == set(own)
     state = {prefix + shapes[name]: tensor for name, tensor in own.items()}
     torch.save(state if outer is None else {outer: state, "epoch": 3}, tmp_path / "published.pth")
@@ -191,17 +231,3 @@ def published_keys():
 
     reference = np.load(pathlib.Path(__file__).parent / "data" / "unet_reference.npz", allow_pickle=False)
     return [str(key) for key in reference["unet_f4_light_rec/keys"]]
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(file: io.BufferedWriter) -> None:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match=r"file: could not be written \(No space left on device\)"):
-        checkpoint.write_atomic(path, fail)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -7,7 +7,6 @@ import torch
 
 from amaes import rng
 from amaes.data import Batches, Patches, Store, fold_splits, loader, pretrain_split, read_window, saved_split
-from amaes.files import write_json
 from tests.stores import SHAPES, make_store, position_image
 
 
@@ -41,6 +40,9 @@ def edit(store, change):
         (lambda c: c.update(format="other"), "format 'other', expected 'amaes-store-1'"),
         (lambda c: c["cases"][0].update(id="../../etc/passwd"), "leads out of the store"),
         (lambda c: c["cases"][0].update(id="/etc/passwd"), "leads out of the store"),
+        (lambda c: c.pop("channels"), "not a store's index"),
+        (lambda c: c.update(cases=[3]), "not a store's index"),
+        (lambda c: c.update(labels=["a"]), "not a store's index"),
     ],
 )
 def test_a_store_that_is_not_ours_is_refused(store, change, message):
@@ -121,12 +123,49 @@ def test_one_subject_is_trained_on_and_not_validated(tmp_path):
 
 
 def test_a_split_is_written_once_and_reused(store):
-    first = saved_split(store, "a", lambda: {"train": ["case00"]}, write_json)
-    assert saved_split(store, "a", lambda: {"train": ["case01"]}, write_json) == first
-    saved_split(store, "b", lambda: [{"train": ["case01"]}], write_json)
-    edit(store, lambda c: c["cases"].pop(0))
-    with pytest.raises(ValueError, match="split 'a' names 1 cases that the store does not have, e.g. case00"):
-        saved_split(Store(store.path), "a", dict, write_json)
+    first = saved_split(store, "a", lambda: {"train": ["case00"], "test": ["case02"]})
+    assert saved_split(store, "a", dict) == first
+    saved_split(store, "b", lambda: [{"train": ["case01"], "test": []}])
+    assert saved_split(store, "a", dict) == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["cases"].pop(),
+        lambda c: c["cases"][1].update(subject="s00"),
+        lambda c: c["labels"].update({"1": "other"}),
+    ],
+)
+def test_a_store_that_has_changed_gets_another_split(store, change):
+    saved_split(store, "a", lambda: {"train": ["case00"], "test": []})
+    edit(store, change)
+    other = saved_split(Store(store.path), "a", lambda: {"train": ["case01"], "test": []})
+    assert other["train"] == ["case01"]
+    assert len(json.loads((store.path / "splits.json").read_text())["splits"]) == 2  # the first stays on record
+
+
+def test_splits_that_cannot_be_right_are_refused(store):
+    saved_split(store, "a", lambda: {"train": ["case00"], "test": ["case01"]})
+    path = store.path / "splits.json"
+    text = path.read_text()
+    path.write_text(text.replace("case00", "nobody"))
+    with pytest.raises(ValueError, match="names 1 cases that the store does not have, e.g. nobody"):
+        saved_split(store, "a", dict)
+    path.write_text(text.replace("case00", "case01"))
+    with pytest.raises(ValueError, match="has subject s01 on both sides"):
+        saved_split(store, "a", dict)
+    assert saved_split(store, "a", dict, by_subject=False) == {"train": ["case01"], "test": ["case01"]}
+    for broken in ("{", "{}", "[]"):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match="splits.json: not"):
+            saved_split(store, "a", dict)
+
+
+def test_a_store_that_cannot_be_written_to_is_split_all_the_same(store, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert saved_split(store, "a", lambda: {"train": [], "test": []}) == {"train": [], "test": []}
+    assert not (store.path / "splits.json").exists()
 
 
 # Patches
@@ -217,11 +256,22 @@ def test_unknown_crop_is_named(store):
         Patches(store, (16, 16, 16), crop="middle")
 
 
+def test_a_label_the_store_does_not_declare_names_the_case(store):
+    np.save(store.path / "cases" / "case00_label.npy", np.full(SHAPES[0], 3, np.uint8))
+    with pytest.raises(ValueError, match=r"case case00 .*label value 3, the store has 0 to 2"):
+        list(loader(Patches(store, (16, 16, 16), labels=True), [[(0, 0)]], 0, pin_memory=False))
+
+
 # Order
 
 
 def samples(batches):
     return [batches.of_step(step) for step in range(batches.start, batches.stop)]
+
+
+def test_no_case_is_no_batch():
+    with pytest.raises(ValueError, match="no case to train on"):
+        Batches([], 2, seed=0, start=0, stop=1)
 
 
 def test_an_epoch_takes_each_case_once_and_drops_the_incomplete_batch():

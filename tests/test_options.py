@@ -83,6 +83,15 @@ def test_batches_must_be_shared_out():
         options.check_batch(8, 1, 5)
 
 
+def test_masks_must_keep_and_hide_something():
+    options.check_mask((32, 32, 32), 4, 0.6, "all")
+    options.check_mask((32, 32, 32), 4, 0.0, "all")
+    with pytest.raises(ValueError, match="--mask-ratio 0.9: keeps 0 of 8 tokens of 16 voxels"):
+        options.check_mask((32, 32, 32), 16, 0.9, "all")
+    with pytest.raises(ValueError, match="--mask-ratio 0.0: keeps 512 of 512"):
+        options.check_mask((32, 32, 32), 4, 0.0, "masked")
+
+
 def test_batch_is_described():
     assert options.describe_batch(8, 2, Ranks(0, 2, 0, 2, torch.device("cpu")), 10) == (
         "10 steps of 8 patches = 2 ranks x 2 micro-steps x 2 on cpu"
@@ -121,4 +130,4 @@ def test_help_shows_the_real_defaults(script):
     for default in ("(default: unet_xl)", "or X Y Z (default: 128)", "(default: 3e-05)", "(default: auto)"):
         assert default in text
     assert ("base learning rate of AdamW (default: 0.0001)" if "pretrain" in script else "(default: 0.0005)") in text
-    assert "of weights, order, crops, augmentation and masks (default: 0)" in text
+    assert "of weights, order, crops, augmentation, masks, validation split (default: 0)" in text

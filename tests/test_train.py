@@ -208,7 +208,15 @@ def test_the_same_command_does_nothing_once_it_is_done(store, tmp_path):
         ("train_pretrain.py", ("--data", "nowhere"), "nowhere: no store there"),
         ("train_pretrain.py", ("--device", "cuda"), "--device cuda: no usable GPU found"),
         ("train_finetune.py", ("--weights", "none.pt"), "none.pt: no such checkpoint"),
+        ("train_pretrain.py", ("--mask-ratio", "0", "--loss-over", "masked"), "--mask-ratio 0.0: keeps"),
+        ("train_pretrain.py", ("--seed", "99999999999"), "'99999999999' is not an integer from 0 to 2^32 - 1"),
+        (
+            "train_finetune.py",
+            ("--patch-size", "1600", "--train-cases", "3"),
+            "--patch-size 1600 1600 1600: one patch takes about",
+        ),
         ("train_finetune.py", ("--fold", "6"), "--fold 6: accepted: all, or 0 to 5"),
+        ("train_finetune.py", ("--fold", "0", "--overwrite"), "--overwrite --fold 0: would delete all folds"),
         ("train_finetune.py", ("--train-cases", "50"), "--train-cases 50: "),
         (
             "train_finetune.py",
@@ -245,6 +253,34 @@ def test_a_broken_case_is_named(store, tmp_path):
     (broken / "cases" / "case02.npy").write_bytes(b"\x93NUMPY")
     done = run("train_pretrain.py", *pretrain_options(broken, tmp_path / "run", **{"--workers": 1}), status=2)
     assert "case case02" in done.stderr.splitlines()[-1]
+
+
+def test_without_data_it_trains_on_synthetic_heads_and_says_so(tmp_path):
+    options = [*TINY, "--steps", 1, "--workers", 0, "--out", tmp_path / "run"]
+    done = run("train_pretrain.py", *options)
+    assert "SYNTHETIC" in done.stdout
+    assert weights(tmp_path / "run")[0] == 1
+    run("train_pretrain.py", *options, "--overwrite")
+    assert weights(tmp_path / "run")[0] == 1
+
+
+def test_fine_tuning_never_overwrites_the_pretraining_it_starts_from(pretrained, store):
+    path = pretrained / "checkpoints" / "step-8.pt"
+    options = finetune_options(store, pretrained, "--overwrite")
+    assert "holds a run of task 'pretrain'" in run("train_finetune.py", *options, status=2).stderr
+    assert "lies in --out" in run("train_finetune.py", *options, "--weights", path, status=2).stderr
+    assert path.exists()
+
+
+def test_a_loss_that_explodes_is_one_line_and_is_not_saved(store, tmp_path):
+    options = pretrain_options(
+        store, tmp_path / "run", **{"--lr": 1e30, "--warmup": 0, "--log-every": 100, "--save-every": 1}
+    )
+    done = run("train_pretrain.py", *options, status=2)
+    assert "not saved, what was saved before is sound" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    found, _, _ = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert found is None or all(tensor.isfinite().all() for tensor in found["model"].values())
 
 
 def test_no_environment_variable_is_needed(store, tmp_path):
