@@ -8,9 +8,9 @@ The same command again uses the predictions that are there. Read it from top to 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from amaes import checkpoint, cli, metrics, nifti, results
 from amaes.backend import use_bf16
 from amaes.data import Store
 from amaes.distributed import pick_device
-from amaes.files import write_json, write_text, written_whole
+from amaes.files import locked, sha256, write_json, write_text, written_whole
 from amaes.inference import argmax_labels, restore_labels, sliding_window
 from amaes.inputs import read_label
 from amaes.predict import add_inference_options, file_values, inference_options, reason
@@ -70,10 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     runs, complaints = [], []
     for path in args.runs:
         folds, unfinished = find_folds(path)
-        store = Store(args.data or options_of(path)["data"])
+        store = open_store(path, args.data)
         check_cases(store, folds, args.space)
         runs.append((path, store, folds))
         complaints += unfinished
+    check_classes(runs)
 
     # Every run alone
     evaluated, text = [], []
@@ -113,6 +114,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: torch.device) -> dict:
     """Predict and measure the test cases of a fold; predictions and results.json go into its folder."""
+    with locked(fold.folder, "another process is evaluating this fold; wait for it, it may make other predictions"):
+        return _evaluate_fold(fold, store, args, device)
+
+
+def _evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: torch.device) -> dict:
     model, meta = checkpoint.load_segmenter(fold.checkpoint, device)
     check_preprocessing(fold, meta, store)
     identity = {"file": fold.checkpoint.name, "step": meta["step"], "sha256": sha256(fold.checkpoint)}
@@ -120,17 +126,30 @@ def evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: to
         "checkpoint": identity["sha256"], "store": store.fingerprint, "space": args.space, "overlap": args.overlap,
         "tta": args.tta, "precision": "bf16" if use_bf16(device, args.precision) else "fp32",
     }  # fmt: skip
-    space = SPACES[args.space](store, open_predictions(fold.folder, made_by))
+    space = SPACES[args.space](store, open_predictions(fold.folder, made_by, stamps(store, fold.test)))
+    classes_of = regions(store, meta["build"]["num_classes"])
+
+    def predicted(id: str, reference: Reference) -> np.ndarray:
+        if space.path(id).is_file():
+            try:
+                return space.prediction(id, reference)
+            except (OSError, ValueError, EOFError) as error:  # damaged: made again, and not a second time
+                if getattr(error, "code", "") == "label_geometry":  # sound, but the label is on another grid
+                    raise
+                space.path(id).unlink()
+        space.save(
+            id,
+            sliding_window(model, store.image(id), meta["patch_size"], **inference_options(args)),
+            store.properties(id),
+        )
+        return space.prediction(id, reference)
 
     cases, failed = [], {}
     for id in tqdm(fold.test, desc=str(fold.folder), unit="case", disable=None):
         try:  # one case must not end the others
             reference = space.reference(id)
             try:
-                if not space.path(id).is_file():
-                    logits = sliding_window(model, store.image(id), meta["patch_size"], **inference_options(args))
-                    space.save(id, logits, store.properties(id))
-                prediction = space.prediction(id, reference)
+                prediction = predicted(id, reference)
             except Exception as error:
                 if args.missing == "error":
                     raise
@@ -138,7 +157,7 @@ def evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: to
                 prediction = np.zeros_like(reference.labels)
             classes = metrics.measure_case(
                 prediction, reference.labels, meta["build"]["num_classes"], reference.spacing, args.metrics, args.empty,
-                tau=args.tau,
+                regions=classes_of, tau=args.tau,
             )  # fmt: skip
             cases.append({"id": id, "classes": classes, "warnings": reference.warnings})
         except Exception as error:
@@ -188,7 +207,9 @@ def find_folds(run: Path) -> tuple[list[Fold], list[str]]:
     for number, folder in sorted(folders.items()):
         saved = checkpoint.saved(folder / "checkpoints")
         step = int(saved[0].stem.removeprefix("step-")) if saved else 0
-        if step == steps:
+        if step == steps and not _is_sound(saved[0]):
+            unfinished.append(f"{folder}: {saved[0].name} is damaged, left out; the same training command remakes it")
+        elif step == steps:
             test = json.loads((folder / "config.json").read_text())["test"]
             folds.append(Fold(number, folder, saved[0], test))
         else:
@@ -197,6 +218,44 @@ def find_folds(run: Path) -> tuple[list[Fold], list[str]]:
         found = "; ".join(unfinished) or "no folder fold<k> there"
         raise ValueError(f"{run}: no finished fold ({found}); train_finetune.py makes them")
     return folds, unfinished
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def open_store(run: Path, data: Path | None) -> Store:
+    """The store given, or the one that the run was trained on."""
+    if data is not None:
+        return Store(data)
+    path = Path(options_of(run)["data"])
+    if not path.is_absolute() and not path.exists():
+        raise FileNotFoundError(
+            f"{run}: trained on the store {path}, which is not in the folder {Path.cwd()}; --data STORE gives it"
+        )
+    return Store(path)
+
+
+def regions(store: Store, num_classes: int) -> dict[str, tuple[int]]:
+    """The classes to score: those of the store; a number that no label has, as between 1 and 3, is none."""
+    return {str(value): (value,) for value in sorted(store.labels) if 0 < value < num_classes}
+
+
+def check_classes(runs: list[tuple[Path, Store, list[Fold]]]) -> None:
+    """Refuse runs that score different classes and cannot be compared."""
+    found = []
+    for path, store, folds in runs if len(runs) > 1 else []:
+        meta = checkpoint.load_segmenter(folds[0].checkpoint)[1]
+        found.append((path, [int(name) for name in regions(store, meta["build"]["num_classes"])]))
+    for path, classes in found[1:]:
+        if classes != found[0][1]:
+            raise ValueError(
+                f"{path} has the classes {classes}, {found[0][0]} has {found[0][1]}: they cannot be compared"
+            )
 
 
 def check_cases(store: Store, folds: list[Fold], space: str) -> None:
@@ -223,15 +282,31 @@ def check_preprocessing(fold: Fold, meta: dict, store: Store) -> None:
             raise ValueError(f"{fold.checkpoint}: trained with {name} {value}, {store.path} has {name} {found}")
 
 
-def open_predictions(fold: Path, made_by: dict) -> Path:
-    """The folder of predictions; those made by another checkpoint, or in another way, are deleted."""
+def stamps(store: Store, ids: list[str]) -> dict[str, list]:
+    """What a prediction is made from: bytes and time of change (ns) of a case's array and record; [] where absent."""
+    found = {}
+    for id in ids:
+        files = [store.path / "cases" / f"{id}{suffix}" for suffix in (".npy", ".json")]
+        stats = [file.stat() for file in files if file.is_file()]
+        found[id] = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    return found
+
+
+def open_predictions(fold: Path, made_by: dict, cases: dict[str, list]) -> Path:
+    """The folder of predictions; those made by another checkpoint, in another way or from other arrays are deleted."""
     folder = fold / ("predictions" if made_by["space"] == "native" else "predictions_store")
     record = folder / "made_by.json"
-    if not record.is_file() or json.loads(record.read_text()) != made_by:
-        for old in [*folder.rglob("*.nii.gz"), *folder.rglob("*.npy")]:
+    try:
+        before = json.loads(record.read_text())
+        known = before.pop("cases")
+        current = {id for id, stamp in cases.items() if known.get(id) == stamp} if before == made_by else set()
+    except (OSError, ValueError, KeyError, AttributeError):
+        current = set()
+    for old in [*folder.rglob("*.nii.gz"), *folder.rglob("*.npy")]:
+        if old.relative_to(folder).as_posix().removesuffix(".npy").removesuffix(".nii.gz") not in current:
             old.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, made_by)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, {**made_by, "cases": cases})
     return folder
 
 
@@ -265,13 +340,13 @@ class NativeSpace:
 
     def reference(self, id: str) -> Reference:
         path, warnings = Path(self._store.properties(id)["label_file"]), []
-        header = nifti.read(path)[0]
-        labels = read_label(path, header, (), self._label_map, self._reading, warnings)
+        header = nifti.read(path, **self._reading.options)[0]
+        labels, _ = read_label(path, header, (), self._label_map, self._reading, warnings)
         return Reference(labels, header.ras_spacing, warnings, header)
 
     def prediction(self, id: str, reference: Reference) -> np.ndarray:
         """Class numbers (X, Y, Z) in RAS; RejectedInput where the grid is not that of the label file."""
-        return read_label(self.path(id), reference.header, (), self._label_map, self._reading, reference.warnings)
+        return read_label(self.path(id), reference.header, (), self._label_map, self._reading, reference.warnings)[0]
 
 
 class StoreSpace:
@@ -317,14 +392,6 @@ def describe(summary: dict) -> str:
         f"{space} Store {summary['store']['id']}; weights {weights}; overlap {settings['overlap']:g}{tta}; "
         f"a class that neither map has: {empty}."
     )
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,9 +25,9 @@ from tqdm import tqdm
 
 from amaes.cli import EXIT_OK, EXIT_REJECTED
 from amaes.collect import STORE_FORMAT, Collection, Item
-from amaes.files import written_whole
+from amaes.files import locked, written_whole
 from amaes.nifti import RejectedInput
-from amaes.preprocess import Case, Config, preprocess_case
+from amaes.preprocess import Case, Config, hinted, preprocess_case
 
 FOREGROUND_SAMPLES = 10_000  # voxels remembered per class, to place patches on
 PROJECTION = 20  # cases after which disk and time are projected
@@ -39,6 +40,7 @@ class Outcome:
 
     row: dict
     label_values: list[int] = field(default_factory=list)
+    raw_label_values: list[int] = field(default_factory=list)  # of the file, before mapping
     n_bytes: int = 0
 
     @property
@@ -77,7 +79,7 @@ class Result:
             warnings += {text.split(":")[0]: text for text in reversed(outcome.row["warnings"])}.values()
         for code, number in Counter(text.split(":")[0] for text in warnings).most_common(8):
             example = next(text for text in warnings if text.startswith(f"{code}:"))
-            lines.append(f"  {number:6d} with warning {example}")
+            lines.append(f"  {number:6d} with warning {hinted(code, example)}")
         lines += [f"  note: {note}" for note in self.notes]
         done = [(item, outcome) for item, outcome in zip(self.items, self.outcomes, strict=True) if outcome.done]
         subjects = sorted({item.subject for item, _ in done})
@@ -121,10 +123,11 @@ def write_store(
         store.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{store}: cannot be made a folder ({error.strerror})") from error
-    with _locked(store), _disk_full_explained(store):
+    with locked(store, "another process is writing this store"), _disk_full_explained(store):
         notes = [*collection.notes, *_prepare(store, collection, config, overwrite)]
         job = partial(_process, store=store, config=config, collection=_without_items(collection), redo=overwrite)
         outcomes = _run(collection.items, job, workers, store, fail_fast, progress)
+        outcomes = [_earlier(outcome, item, job) for outcome, item in zip(outcomes, collection.items, strict=True)]
         with written_whole(store / "report.jsonl") as file:
             file.writelines(_line(outcome.row) for outcome in outcomes)
         done = [(item, outcome) for item, outcome in zip(collection.items, outcomes, strict=True) if outcome.done]
@@ -136,7 +139,8 @@ def write_store(
         names = _class_names(
             collection, config, [value for _, outcome in done for value in outcome.label_values], notes
         )
-        _write_index(store, collection, config, names, done)
+        raw = {value for _, outcome in done for value in outcome.raw_label_values}
+        _write_index(store, collection, config.with_values(raw), names, done)
     result = Result(store, collection.items, outcomes, notes, time.perf_counter() - began)
     assert len(collection.items) == len(outcomes) == sum(result.count(status) for status in STATUSES)
     return result
@@ -145,43 +149,35 @@ def write_store(
 # One case -------------------------------------------------------------------------------------------------------------
 
 
-def _process(item: Item, store: Path, config: Config, collection: Collection, redo: bool) -> Outcome:
-    """Preprocess and save one item; whatever goes wrong becomes its line of the report."""
+def _process(
+    item: Item, store: Path, config: Config, collection: Collection, redo: bool, only_done: bool = False
+) -> Outcome:
+    """Preprocess and save one item (unless `only_done`); whatever goes wrong becomes its line of the report."""
     began = time.perf_counter()
-    row = {
-        "id": item.id,
-        "files": item.files,
-        "status": "ok",
-        "reason": None,
-        "message": "",
-        "warnings": [],
-        "shape": None,
-    }
+    row = {"id": item.id, "files": item.files, "status": "ok", "reason": None, "message": "", "warnings": []}
+    row["shape"] = None
     try:
         if item.problem is not None:
-            return Outcome(
-                {**row, "status": "rejected", "reason": item.problem[0], "message": item.problem[1], "seconds": 0.0}
-            )
+            reason, message = item.problem
+            row |= {"status": "rejected", "reason": reason, "message": hinted(reason, message), "seconds": 0.0}
+            return Outcome(row)
         stamps = _stamps(item)
         properties = None if redo else _finished(store, item, config, collection.channels, stamps)
         if properties is not None:
             row["status"] = "skipped"
+        elif only_done:
+            return _not_done(item, "not_run", "not run")
         else:
-            case = preprocess_case(
-                item.images,
-                config,
-                item.label,
-                case_id=item.id,
-                channels=collection.channels,
-                classes=list(collection.classes),
-            )
+            options = {"case_id": item.id, "channels": collection.channels, "classes": list(collection.classes)}
+            case = preprocess_case(item.images, config, item.label, **options)
             properties = _save(store, item, case, np.dtype(config.dtype), stamps)
         row |= {"warnings": properties["warnings"], "shape": properties["shape"]}
         row["seconds"] = round(time.perf_counter() - began, 3)
         files = [path for path in _files(store, item.id) if path.is_file()]
-        return Outcome(row, properties["label_values"], sum(path.stat().st_size for path in files))
+        size = sum(path.stat().st_size for path in files)
+        return Outcome(row, properties["label_values"], properties.get("raw_label_values", []), size)
     except RejectedInput as error:
-        row |= {"status": "rejected", "reason": error.code, "message": str(error)}
+        row |= {"status": "rejected", "reason": error.code, "message": hinted(error.code, str(error))}
     except Exception as error:
         reason = "disk_full" if _is_disk_full(error) else f"unexpected:{type(error).__name__}"
         row |= {"status": "failed", "reason": reason, "message": " ".join(f"{item.id}: {error}".split())}
@@ -192,15 +188,15 @@ def _files(store: Path, name: str) -> tuple[Path, Path, Path]:
     return tuple(store / "cases" / f"{name}{suffix}" for suffix in (".npy", "_label.npy", ".json"))
 
 
-def _stamps(item: Item) -> list[list[int] | None]:
-    """[bytes, time of change in ns] of each file: a case is redone when one of them was changed."""
-    stamps: list[list[int] | None] = []
+def _stamps(item: Item) -> list[list | None]:
+    """[path, bytes, time of change in ns] of each file: a case is redone when one is another or was changed."""
+    stamps: list[list | None] = []
     for path in (*item.images, item.label):
         try:
             stat = None if path is None else path.stat()
         except OSError:  # preprocess_case says what is wrong with it
             stat = None
-        stamps.append(None if stat is None else [stat.st_size, stat.st_mtime_ns])
+        stamps.append(None if stat is None else [os.path.normpath(path.absolute()), stat.st_size, stat.st_mtime_ns])
     return stamps
 
 
@@ -298,6 +294,14 @@ def _run(
     return [done.get(item.id) or _not_done(item, "not_run", "not run: stopped by --fail-fast") for item in items]
 
 
+def _earlier(outcome: Outcome, item: Item, job: Callable[..., Outcome]) -> Outcome:
+    """A case that --fail-fast did not come to, but that an earlier run finished, stays in the store."""
+    if outcome.row["reason"] != "not_run":
+        return outcome
+    earlier = job(item, redo=False, only_done=True)
+    return earlier if earlier.done else outcome
+
+
 def _in_processes(items: Sequence[Item], job: Callable[[Item], Outcome], workers: int) -> Iterator[Outcome]:
     """Outcomes as they come. A worker that dies costs its item alone: another takes its place."""
     context = multiprocessing.get_context("spawn")
@@ -384,46 +388,29 @@ def _projection(outcomes: Sequence[Outcome], total: int, store: Path, elapsed: f
 # The store ------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    """Keep a second process out of the store, where the file system knows locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (store / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{store}: another process is writing this store") from None
-        except OSError:  # no locks on this file system
-            pass
-        yield
-
-
 def _prepare(store: Path, collection: Collection, config: Config, overwrite: bool) -> list[str]:
     """Refuse a folder that is not ours or of other settings; remove what an ended run left half-done. Returns notes."""
-    _remove_temporary(store)
     index = store / "dataset.json"
     if not index.is_file():
+        _remove_temporary(store)
         return []
     try:
         old = json.loads(index.read_text(encoding="utf-8"))
-        ours = old["format"] == STORE_FORMAT
-    except (ValueError, KeyError, TypeError):
+        ours, listed = old["format"] == STORE_FORMAT, {case["id"] for case in old["cases"]}
+        before = {**Config.from_dict(old["config"]).settings(), "channels": old["channels"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
         ours = False
     if not ours:
         raise ValueError(f"{index}: not the index of a store ({STORE_FORMAT}); give another folder as --out")
-    now = {**config.as_dict(), "channels": collection.channels}
-    before = {**old["config"], "channels": old["channels"]}
-    differing = [name for name in now if name != "verify" and before.get(name) != now[name]]
+    _remove_temporary(store)
+    now = {**config.settings(), "channels": collection.channels}
+    differing = [name for name in now if before.get(name) != now[name]]
     if differing and not overwrite:
         text = "; ".join(f"{name} is {before.get(name)} there, {now[name]} here" for name in differing)
         raise ValueError(f"{store}: made with other settings: {text}; give another --out, or --overwrite to redo it")
     if overwrite:
         index.unlink()
-    gone = sorted({case["id"] for case in old["cases"]} - {item.id for item in collection.items})
+    gone = sorted(listed - {item.id for item in collection.items})
     if not gone:
         return []
     return [f"{len(gone)} cases of the store are not among these inputs and leave its index ({gone[0]}, ...)"]
@@ -487,8 +474,11 @@ def _disk_full_explained(store: Path) -> Iterator[None]:
 
 
 def _remove_temporary(store: Path) -> None:
-    for path in store.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    """Half-written files of a store, and nothing else: the folder may hold more."""
+    ours = [path for name in ("dataset.json", "report.jsonl") for path in store.glob(f".{name}.*.tmp")]
+    for path in [*ours, *(store / "cases").rglob(".*.tmp")]:
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _line(row: dict) -> bytes:

@@ -61,6 +61,7 @@ class Collection:
         classes: declared label values and their names; empty where none are declared.
         notes: what the user should know, such as files that were not used.
         foreground_name: what a single foreground class is called where none are declared.
+        unused: for a network (`network_channels`), the files that belong to no case; else they are a note.
     """
 
     items: list[Item]
@@ -68,6 +69,11 @@ class Collection:
     classes: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     foreground_name: str | None = None
+    unused: list[Path] = field(default_factory=list)
+
+
+class NoSuchChannels(ValueError):
+    """The files of a folder are not named after the channels."""
 
 
 def collect(
@@ -78,6 +84,7 @@ def collect(
     label_name: str | None = None,
     subject: str | None = None,
     missing_channel: str = "error",
+    network_channels: int | None = None,
 ) -> Collection:
     """Find the cases of a folder.
 
@@ -88,36 +95,48 @@ def collect(
         label_name: label files lie beside the images and are called NAME, *_NAME or *-NAME.
         subject: regular expression on the id; its group "subject" or first group is the subject.
         missing_channel: "error" marks a case without all channels, "zeros" lets it pass.
+        network_channels: the images alone, for a network of so many channels: no labels, every file of the folder and
+            not those of a training list; a dataset.json one folder up counts for a folder imagesT* only.
 
     Raises:
         FileNotFoundError: a folder does not exist.
         ValueError: nothing found, nothing matches, or two inputs with one id (both are named).
     """
     if labels is not None and label_name is not None:
-        raise ValueError(
-            "--labels and --label-name exclude each other: labels lie in a tree of their own or beside images"
-        )
-    declared = _declaration(Path(images))
-    images, labels = _folders(Path(images), labels, label_name)
+        if Path(labels).resolve() != Path(images).resolve():
+            raise ValueError(
+                "--labels and --label-name exclude each other: labels lie in a tree of their own or beside images"
+            )
+        labels = None
+    for_network = network_channels is not None
+    declared = _declaration(Path(images), for_network)
+    images, labels = _folders(Path(images), labels, label_name, for_network)
     root = images if images.is_dir() else images.parent
-    found = _listed(declared, images) or _nifti_files(images, "--images", skip=labels)
+    notes: list[str] = []
+    found, unused = _nifti_files(images, "--images", skip=labels), []
+    if not for_network and (listed := _listed(declared, images)):
+        if others := sorted(set(found) - set(listed)):
+            notes.append(f"{len(others)} files are not in the training list of dataset.json: {_some(others)}")
+        found = listed
     label_files = {} if labels is None else _by_id(labels, _nifti_files(labels, "--labels"))
-    beside = [path for path in found if label_name is not None and _prefix(path, [label_name])]
+    beside = [path for path in found if label_name is not None and channel_prefix(path, [label_name])]
     if label_name is not None and not beside:
         raise ValueError(_nothing("--label-name", root, f"{label_name}, *_{label_name} or *-{label_name}", found))
     found = [path for path in found if path not in set(beside)]
-    notes: list[str] = []
     if channels:
-        names, items = list(channels), _by_channel_name(root, found, channels, notes)
-    elif groups := _by_channel_number(root, found, declared, label_files):
-        count = max(map(len, groups.values()))
+        items, unused = _by_channel_name(root, found, channels, for_network)
+        names = list(channels)
+        if unused and not for_network:
+            notes.append(f"{len(unused)} files are none of the channels {' '.join(names)}: {_some(unused)}")
+    elif groups := _by_channel_number(root, found, declared, label_files, network_channels):
+        count = 1 + max(map(max, groups.values()))
         names = declared.channels or (["image"] if count == 1 else [f"channel_{k}" for k in range(count)])
         items = [Item(name, _padded(files, len(names))) for name, files in groups.items()]
     else:
         names, items = declared.channels or ["image"], [Item(_id(root, path), (path,)) for path in found]
         if len(names) > 1:
             notes.append(f"dataset.json declares {len(names)} channels: each file must be 4-D, one volume per channel")
-    _check_ids(items)
+    _check_ids(items, with_labels=not for_network)
     items = [_complete(item, names, missing_channel) for item in items]
     if labels is not None:
         items = _with_labels(items, label_files, labels, notes)
@@ -126,7 +145,7 @@ def collect(
     items = [_described(item, subject, len(names) == 1) for item in sorted(items, key=lambda item: item.id)]
     if without := [item.id for item in items if not item.subject]:
         raise ValueError(f"--subject {subject!r}: no subject in {len(without)} ids, such as {_some(without)}")
-    return Collection(items, names, declared.classes, notes, label_name)
+    return Collection(items, names, declared.classes, notes, label_name, unused if for_network else [])
 
 
 @dataclass(frozen=True)
@@ -139,9 +158,12 @@ class _Declaration:
     training: list[Path] = field(default_factory=list)
 
 
-def _declaration(images: Path) -> _Declaration:
+def _declaration(images: Path, for_network: bool) -> _Declaration:
     """dataset.json in the folder of the images or in its parent; an empty declaration where there is none."""
-    path = next((file for file in (images / "dataset.json", images.parent / "dataset.json") if file.is_file()), None)
+    candidates = [images / "dataset.json", images.parent / "dataset.json"]
+    if for_network and not Path(os.path.normpath(images.absolute())).name.startswith("imagesT"):
+        candidates.pop()  # what lies one folder up may be of something else
+    path = next((file for file in candidates if file.is_file()), None)
     if path is None:
         return _Declaration()
     try:
@@ -152,9 +174,10 @@ def _declaration(images: Path) -> _Declaration:
             return _Declaration()
         numbered = "channel_names" in content
         names = content.get("channel_names") or content.get("modality") or {}
-        training = [path.parent / entry["image"] for entry in content.get("training", []) if isinstance(entry, dict)]
+        entries = [entry.get("image") for entry in content.get("training") or [] if isinstance(entry, dict)]
+        training = [path.parent / entry for entry in entries if isinstance(entry, str)]
         return _Declaration(
-            channels=[str(names[key]) for key in sorted(names, key=int)],
+            channels=_channel_names(names),
             classes=_classes(content.get("labels") or {}),
             numbered=numbered,
             training=training,
@@ -163,8 +186,23 @@ def _declaration(images: Path) -> _Declaration:
         raise ValueError(f"{path}: not a dataset.json of MSD or nnU-Net ({type(error).__name__}: {error})") from error
 
 
-def _classes(labels: dict) -> dict[int, str]:
-    """{"0": "background", ...} (MSD) or {"background": 0, "region": [1, 2], ...} (nnU-Net) to value -> name."""
+def _channel_names(names: object) -> list[str]:
+    """{"0": "T1", ...}, or what others write: ["T1", ...] or "T1"."""
+    if isinstance(names, dict):
+        return [str(names[key]) for key in sorted(names, key=int)]
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"expected names of channels, found {names!r}")
+    return names
+
+
+def _classes(labels: dict | list) -> dict[int, str]:
+    """{"0": "background", ...} (MSD) or {"background": 0, "region": [1, 2], ...} (nnU-Net) to value -> name.
+
+    A list of names counts from 0.
+    """
+    if isinstance(labels, list):
+        labels = {str(value): name for value, name in enumerate(labels)}
     if all(isinstance(name, str) for name in labels.values()):
         return {int(value): name for value, name in sorted(labels.items(), key=lambda pair: int(pair[0]))}
     names = {value: name for name, value in labels.items() if isinstance(value, int)}
@@ -174,13 +212,15 @@ def _classes(labels: dict) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def _folders(images: Path, labels: str | Path | None, label_name: str | None) -> tuple[Path, Path | None]:
+def _folders(
+    images: Path, labels: str | Path | None, label_name: str | None, for_network: bool
+) -> tuple[Path, Path | None]:
     """The folders to read: imagesTr and labelsTr where the images' folder is that of a data set."""
     labels = None if labels is None else Path(labels)
     if not images.exists():
         raise FileNotFoundError(f"--images {images}: no such folder")
     if (images / "imagesTr").is_dir():
-        if labels is None and label_name is None and (images / "labelsTr").is_dir():
+        if labels is None and label_name is None and not for_network and (images / "labelsTr").is_dir():
             labels = images / "labelsTr"
         images = images / "imagesTr"
     if labels is not None and not labels.is_dir():
@@ -192,10 +232,12 @@ def _folders(images: Path, labels: str | Path | None, label_name: str | None) ->
 
 def _listed(declared: _Declaration, images: Path) -> list[Path]:
     """The training list where it names files of this folder; a listed file that is absent stays in, to be reported."""
-    listed = [path for path in declared.training if path.resolve().is_relative_to(images.resolve())]
+    here = os.path.normpath(images.absolute())  # by name: a link is the file that the list names, wherever it leads
+    listed = [Path(os.path.normpath(path.absolute())) for path in declared.training]
+    listed = [path for path in listed if path.is_relative_to(here)]
     if not any(path.is_file() for path in listed):
         return []
-    return sorted(images / path.resolve().relative_to(images.resolve()) for path in listed)
+    return sorted({images / path.relative_to(here) for path in listed})
 
 
 def _nifti_files(folder: Path, option: str, skip: Path | None = None) -> list[Path]:
@@ -226,14 +268,19 @@ def _nifti_files(folder: Path, option: str, skip: Path | None = None) -> list[Pa
     return sorted(found)
 
 
-def _by_channel_name(root: Path, found: list[Path], names: Sequence[str], notes: list[str]) -> list[Item]:
-    """Files of one folder with one prefix form a case: folder/{FLAIR,T1}.nii.gz or folder/case_{flair,t1}.nii.gz."""
+def _by_channel_name(
+    root: Path, found: list[Path], names: Sequence[str], for_network: bool
+) -> tuple[list[Item], list[Path]]:
+    """Files of one folder with one prefix form a case: folder/{FLAIR,T1}.nii.gz or folder/case_{flair,t1}.nii.gz.
+
+    Also returns the files of other names. A network of one channel takes any name, so there all files must match.
+    """
     if len({name.lower() for name in names}) != len(names):
-        raise ValueError(f"--channels: expected different names, found {' '.join(names)}")
+        raise NoSuchChannels(f"--channels: expected different names, found {' '.join(names)}")
     groups: dict[str, dict[str, Path]] = defaultdict(dict)
     unused = []
     for path in found:
-        match = _prefix(path, names)
+        match = channel_prefix(path, names)
         if match is None:
             unused.append(path)
             continue
@@ -244,22 +291,24 @@ def _by_channel_name(root: Path, found: list[Path], names: Sequence[str], notes:
         if name in groups[key]:
             raise ValueError(f"id_collision: {groups[key][name]} and {path} are both channel {name} of case {key!r}")
         groups[key][name] = path
-    if not groups:
-        raise ValueError(
-            _nothing("--channels", root, " or ".join(f"{name}, *_{name}, *-{name}" for name in names), found)
-        )
-    if unused:
-        notes.append(f"{len(unused)} files are none of the channels {' '.join(names)}: {_some(unused)}")
-    return [Item(key, tuple(files.get(name) for name in names)) for key, files in groups.items()]
+    if not groups or (for_network and unused and len(names) == 1):
+        pattern = " or ".join(f"{name}, *_{name}, *-{name}" for name in names)
+        raise NoSuchChannels(_nothing("--images" if for_network else "--channels", root, pattern, found))
+    return [Item(key, tuple(files.get(name) for name in names)) for key, files in groups.items()], unused
 
 
 def _by_channel_number(
-    root: Path, found: list[Path], declared: _Declaration, label_files: dict[str, Path]
+    root: Path,
+    found: list[Path],
+    declared: _Declaration,
+    label_files: dict[str, Path],
+    network_channels: int | None,
 ) -> dict[str, dict[int, Path]]:
     """nnU-Net's case_0000, case_0001, ... as {case: {0: file, 1: file}}; empty where names do not mean that.
 
     A four-digit ending may as well number cases or years. It counts as a channel where a dataset.json says so, where a
     label is named without it, or in a folder imagesTr or imagesTs; and only if every file has it and every case a 0000.
+    For a network it counts where it gives as many channels as the network has.
     """
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
     for path in found:
@@ -271,7 +320,12 @@ def _by_channel_number(
                 f"id_collision: {groups[match[1]][int(match[2])]} and {path} are one channel of {match[1]!r}"
             )
         groups[match[1]][int(match[2])] = path
-    meant = declared.numbered or root.name.startswith("imagesT") or any(name in label_files for name in groups)
+    in_dataset = root.name.startswith("imagesT")
+    if declared.numbered or network_channels is None:
+        meant = declared.numbered or in_dataset or any(name in label_files for name in groups)
+    else:
+        count = 1 + max(map(max, groups.values()))
+        meant = count == network_channels and (count > 1 or in_dataset)
     return dict(groups) if meant and all(0 in files for files in groups.values()) else {}
 
 
@@ -283,7 +337,7 @@ def _padded(files: dict[int, Path], count: int) -> tuple[Path | None, ...]:
     return tuple(files.get(channel) for channel in range(count))
 
 
-def _check_ids(items: Iterable[Item]) -> None:
+def _check_ids(items: Iterable[Item], with_labels: bool) -> None:
     """Two inputs with one output name stop everything; "a_label" would take the name of the label of "a"."""
     taken: dict[str, Item] = {}
     for item in items:
@@ -291,7 +345,7 @@ def _check_ids(items: Iterable[Item]) -> None:
             raise ValueError(f"id_collision: {taken[item.id].files[0]} and {item.files[0]} both map to {item.id!r}")
         taken[item.id] = item
     for name, item in taken.items():
-        if f"{name}_label" in taken:
+        if with_labels and f"{name}_label" in taken:
             other = taken[f"{name}_label"].files[0]
             raise ValueError(
                 f"id_collision: {other} maps to the name of the label of {item.files[0]}; see --label-name"
@@ -302,9 +356,7 @@ def _complete(item: Item, names: Sequence[str], missing_channel: str) -> Item:
     missing = [name for name, path in zip(names, item.images, strict=False) if path is None]
     if not missing or missing_channel == "zeros":
         return item
-    message = (
-        f"{item.id}: expected channels {' '.join(names)}, missing {' '.join(missing)}; --missing-channel zeros fills"
-    )
+    message = f"{item.id}: expected channels {' '.join(names)}, missing {' '.join(missing)}"
     return replace(item, problem=("missing_channel", message))
 
 
@@ -323,14 +375,14 @@ def _with_labels_beside(items: list[Item], beside: list[Path], name: str, notes:
     """The label in an image's folder whose prefix begins the image's name; the longest prefix of several."""
     folders: dict[Path, dict[str, Path]] = defaultdict(dict)
     for path in beside:
-        prefix = _prefix(path, [name])[1]
+        prefix = channel_prefix(path, [name])[1]
         if prefix in folders[path.parent]:
             raise ValueError(f"id_collision: {folders[path.parent][prefix]} and {path} are labels of one case")
         folders[path.parent][prefix] = path
     result = []
     for item in items:
         image = next(path for path in item.images if path is not None)
-        stem, choices = _stem(image.name), folders[image.parent]
+        stem, choices = stem_of(image.name), folders[image.parent]
         fitting = [prefix for prefix in choices if not prefix or re.match(re.escape(prefix) + "[_-]", stem)]
         label = choices[max(fitting, key=len)] if fitting else None
         result.append(_labelled(item, label, f"called {name}, *_{name} or *-{name} in {image.parent}"))
@@ -355,7 +407,7 @@ def _described(item: Item, pattern: str | None, single: bool) -> Item:
     session = re.search(r"(?:^|[/_])(sess?-[A-Za-z0-9]+)", item.id)
     sequence = None
     if single:
-        stem = _stem(item.images[0].name).lower()
+        stem = stem_of(item.images[0].name).lower()
         sequence = next((name for name, rule in SEQUENCES if re.search(rule, stem)), None)
     return replace(item, subject=subject, session=session[1] if session else None, sequence=sequence)
 
@@ -371,9 +423,9 @@ def _matched_subject(pattern: str, name: str) -> str:
     return "" if match is None else match["subject" if "subject" in compiled.groupindex else 1] or ""
 
 
-def _prefix(path: Path, names: Sequence[str]) -> tuple[str, str] | None:
+def channel_prefix(path: Path, names: Sequence[str]) -> tuple[str, str] | None:
     """(name, what stands before it) where a file is called NAME, *_NAME or *-NAME, in any case; longest name first."""
-    stem = _stem(path.name)
+    stem = stem_of(path.name)
     for name in sorted(names, key=len, reverse=True):
         if stem.lower() == name.lower():
             return name, ""
@@ -393,15 +445,15 @@ def _by_id(root: Path, files: Sequence[Path]) -> dict[str, Path]:
 
 
 def _id(root: Path, path: Path) -> str:
-    return path.relative_to(root).with_name(_stem(path.name)).as_posix()
+    return path.relative_to(root).with_name(stem_of(path.name)).as_posix()
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
 
 
 def _is_nifti(name: str) -> bool:
-    return _stem(name) not in (name, "")
+    return stem_of(name) not in (name, "")
 
 
 def _nothing(option: str, folder: Path, pattern: str, there: Sequence[Path]) -> str:

@@ -71,8 +71,8 @@ def read_label(
     label_map: Mapping[int, int],
     how: Reading,
     warnings: list[str],
-) -> np.ndarray:
-    """A label on the grid of the image, its values checked and mapped: (X, Y, Z) uint8 in RAS.
+) -> tuple[np.ndarray, list[int]]:
+    """A label on the grid of the image, its values checked and mapped: (X, Y, Z) uint8 in RAS; and the file's values.
 
     Args:
         path: the label file.
@@ -96,14 +96,12 @@ def read_label(
     if unknown := [value for value in values if value not in allowed]:
         accepted = " ".join(map(str, sorted(allowed))) if classes else "0..255"
         found = " ".join(map(str, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
-        raise RejectedInput(
-            "label_values", path, f"expected label values {accepted}, found also {found}; see --label-map"
-        )
+        raise RejectedInput("label_values", path, f"expected label values {accepted}, found also {found}")
     label = np.zeros(data.shape, dtype=np.uint8)
     for value in values:
         if target := label_map.get(value, value):
             label[data == value] = target
-    return label if aligned else _onto(label, header, reference, order=0, outside=0)
+    return label if aligned else _onto(label, header, reference, order=0, outside=0), values
 
 
 def _mend(volume: np.ndarray, path: Path, warnings: list[str]) -> int:
@@ -146,7 +144,7 @@ def _aligned(header: Header, reference: Header, code: str, how: Reading, warning
                 return True
             shapes += "; one of them has no orientation (sform and qform code 0)"
     if how.on_geometry_mismatch == "reject" or not located:
-        raise RejectedInput(code, header.path, f"expected one grid, found {shapes}; see --on-geometry-mismatch")
+        raise RejectedInput(code, header.path, f"expected one grid, found {shapes}")
     warnings.append(f"{code}: {header.path.name}: resampled onto the first channel's grid; {shapes}")
     return False
 

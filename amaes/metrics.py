@@ -27,6 +27,7 @@ METRICS: dict[str, Callable[[Pair], float]] = {}
 OVERLAP_METRICS = ("dice", "jaccard", "sensitivity", "precision", "volume_similarity")  # need the counts alone
 _ALL_NEIGHBOURS = np.ones((3, 3, 3), bool)  # lesions are 26-connected
 _SPARSE = 20  # voxels of the box per surface voxel, above which a k-d tree beats a distance transform
+_ROUNDING = 1e-5  # mm, of distances: affines are stored in float32, which makes 1 mm 1.00000002 mm
 _SLAB = 1 << 22  # voxels counted at once: the index array of the confusion matrix stays at 32 MB
 
 
@@ -174,7 +175,10 @@ def hd95(pair: Pair) -> float:
 
 @metric
 def assd(pair: Pair) -> float:
-    """Average symmetric surface distance: mean of the two directed mean distances, mm; empty masks as in `hd95`."""
+    """Average symmetric surface distance: mean of the two directed mean distances, mm; empty masks as in `hd95`.
+
+    The published definition has NaN where one mask is empty; a mean that skips it would improve with every miss.
+    """
     if pair.status != "ok":
         return _distance_when_empty(pair)
     return float(np.mean([distances.mean() for distances in pair.distances]))
@@ -186,7 +190,7 @@ def surface_dice(pair: Pair) -> float:
     if pair.status != "ok":
         return pair.both_empty if pair.status == "both_empty" else 0.0
     distances = np.concatenate(pair.distances)
-    return float(np.mean(distances <= pair.tau))
+    return float(np.mean(distances <= pair.tau + _ROUNDING))
 
 
 @metric

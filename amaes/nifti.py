@@ -314,8 +314,7 @@ def _geometry(path: Path, raw: nib.Nifti1Header, strict: bool, assume_ras: bool)
     elif not regular:
         if not assume_ras:
             rows = np.array2string(affine[:3, :3], precision=4).replace("\n", "")
-            hint = "--assume-ras takes the stored axes as RAS"
-            raise RejectedInput("singular_affine", path, f"expected an affine of rank 3, found {rows}; {hint}")
+            raise RejectedInput("singular_affine", path, f"expected an affine of rank 3, found {rows}")
         warnings.append(f"singular_affine: {path.name}: stored axes are taken as RAS, voxel sizes from pixdim")
         trusted = False
     grid = affine if trusted else np.diag([*repaired, 1.0])

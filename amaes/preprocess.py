@@ -14,8 +14,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,20 @@ CHOICES = {
     "dtype": ("float32", "float16"),
 }
 MAX_SIDE, MAX_VOXELS = 1024, 512**3  # voxels after resampling
+HINTS = {  # reason or warning: the option of this program that helps
+    "singular_affine": "--assume-ras takes the stored axes as RAS",
+    "label_values": "see --label-map",
+    "channel_geometry": "see --on-geometry-mismatch",
+    "label_geometry": "see --on-geometry-mismatch",
+    "missing_channel": "--missing-channel zeros fills",
+    "background_not_min": "see --background-to-min",
+    "overflow": "--dtype float32 holds them",
+}
+
+
+def hinted(code: str, message: str) -> str:
+    """The message of a reason or warning, with the option that helps."""
+    return f"{message}; {HINTS[code]}" if code in HINTS else message
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,8 @@ class Config:
         min_axis: fewest voxels of a stored axis.
         verify: check the CRC of gzip files; not part of the hash, as it changes no array.
         dtype: of the stored images.
-        label_map: old label value to new.
+        label_map: old label value to new. A store also lists, as {1: 1}, values of its label files that others were
+            mapped onto; such entries are no part of the hash.
     """
 
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -108,10 +124,19 @@ class Config:
         options = {"verify": self.verify, "strict": self.strict_orientation, "assume_ras": self.assume_ras}
         return Reading(self.min_axis, self.on_geometry_mismatch, options)
 
+    def settings(self) -> dict:
+        """What arrays depend on, as plain data."""
+        changes = {str(old): new for old, new in sorted(self.label_map.items()) if old != new}
+        return {name: value for name, value in (self.as_dict() | {"label_map": changes}).items() if name != "verify"}
+
+    def with_values(self, raw: Iterable[int]) -> Config:
+        """The same, with those values of the label files listed that others are mapped onto."""
+        onto = {value: value for value in sorted(raw) if value in self.label_map.values()}
+        return dataclasses.replace(self, label_map={**onto, **self.label_map})
+
     def hash(self) -> str:
         """16 hexadecimal digits that differ where arrays may differ."""
-        content = {name: value for name, value in self.as_dict().items() if name != "verify"}
-        text = json.dumps([FORMAT, content], sort_keys=True)
+        text = json.dumps([FORMAT, self.settings()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -138,6 +163,7 @@ def preprocess_case(
     case_id: str = "",
     channels: Sequence[str] = (),
     classes: Sequence[int] = (),
+    volumes: Sequence[int] | None = None,
 ) -> Case:
     """Read, check, turn, crop, scale and resample one case.
 
@@ -149,6 +175,7 @@ def preprocess_case(
         case_id: goes into the properties.
         channels: names; by default image, or channel_0, channel_1, ...
         classes: accepted label values, those of the file; empty = 0..255.
+        volumes: which volume of a 4-D file each channel is; None = in the order of the channels.
 
     Raises:
         RejectedInput: the case cannot be used; `code` is the reason.
@@ -157,6 +184,7 @@ def preprocess_case(
     paths = [None if path is None else Path(path) for path in images]
     how, warnings = config.reading(), []
     members = read_channels(_checked(paths, names, config), len(names), how, warnings)
+    members = members if volumes is None else [members[k] for k in volumes]
     first = next(member.header for member in members if member is not None)
     box = _crop_box(members, config)
     crop = tuple(slice(start, stop) for start, stop in box)
@@ -165,10 +193,10 @@ def preprocess_case(
     if max(shape) > MAX_SIDE or math.prod(shape) > MAX_VOXELS:
         limit = f"at most {MAX_SIDE} voxels per axis and {MAX_VOXELS} in all after resampling"
         raise RejectedInput("implausible_spacing", first.path, f"expected {limit}, found {' x '.join(map(str, shape))}")
-    target, facts = None, {"label_values": [], "label_counts": {}, "label_voxels_outside_crop": 0}
+    target, facts = None, _label_facts(None, [], crop, first.path, warnings)
     if label is not None:  # before the images' arithmetic, which a bad label would waste
-        whole = read_label(Path(label), first, classes, config.label_map, how, warnings)
-        facts = _label_facts(whole, crop, Path(label), warnings)
+        whole, values = read_label(Path(label), first, classes, config.label_map, how, warnings)
+        facts = _label_facts(whole, values, crop, Path(label), warnings)
         target = resample.resample_labels(whole[crop], shape, config.label_resampling)
     image = np.zeros((len(names), *shape), dtype=np.float32)
     intensity = []
@@ -233,7 +261,7 @@ def _scaled(
         background = normalize.most_frequent(volume)
         if background != volume.min():
             values = f"most frequent value {background:g}, minimum {volume.min():g}"
-            warnings.append(f"background_not_min: {member.path.name}: {values}; see --background-to-min")
+            warnings.append(f"background_not_min: {member.path.name}: {values}")
             if config.background_to_min:
                 volume = np.where(volume == background, volume.min(), volume)
     try:
@@ -243,10 +271,20 @@ def _scaled(
     result = resample.resample_image(scaled, shape)
     low, high = (0.0, 1.0) if config.normalization == "unit" else (-np.finfo("f4").max, np.finfo("f4").max)
     assert low <= result.min() <= result.max() <= high  # false for NaN as well
+    limit = float(np.finfo(config.dtype).max)
+    if (extreme := max(-float(result.min()), float(result.max()))) > limit:
+        raise RejectedInput(
+            "overflow", member.path, f"expected values up to {limit:g} ({config.dtype}), found {extreme:g}"
+        )
     return result, {**statistics, "n_nonfinite": member.n_nonfinite}
 
 
-def _label_facts(label: np.ndarray, crop: tuple[slice, ...], path: Path, warnings: list[str]) -> dict:
+def _label_facts(
+    label: np.ndarray | None, raw: list[int], crop: tuple[slice, ...], path: Path, warnings: list[str]
+) -> dict:
+    """What is in a label, and in its file before mapping; all empty without one."""
+    if label is None:
+        return {"raw_label_values": [], "label_values": [], "label_counts": {}, "label_voxels_outside_crop": 0}
     counts = np.bincount(label.ravel())
     outside = int(counts[1:].sum()) - int(np.count_nonzero(label[crop]))
     if outside:
@@ -255,6 +293,7 @@ def _label_facts(label: np.ndarray, crop: tuple[slice, ...], path: Path, warning
         )
     values = [int(value) for value in np.flatnonzero(counts)]
     return {
+        "raw_label_values": raw,
         "label_values": values,
         "label_counts": {str(value): int(counts[value]) for value in values if value},
         "label_voxels_outside_crop": outside,
@@ -366,7 +405,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=non_negative_int, default=available_cores(), help="processes, one core each; 0: this one"
     )
-    return parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    return parser.parse_args(
+        [f" {text}" if re.fullmatch(r"-\d+:\d+", text) else text for text in argv]
+    )  # -1:0 is a value
 
 
 def available_cores() -> int:

@@ -179,12 +179,14 @@ def run_tables(title: str, summary: Mapping, names: Mapping[str, str], note: str
         note: one line below the title, what was measured and where.
     """
     classes = summary["classes"]
-    heads = [names.get(name, name) for name in classes if name != MICRO]
+    foreground = [name for name in classes if name != MICRO]
+    columns = [*foreground, MICRO]
+    heads = [names.get(name, name) for name in foreground]
     rows = [
-        [row["fold"], row["n_cases"], row["n_failed"], *_dice_cells(row["classes"], classes), _percent(row["dice"])]
+        [row["fold"], row["n_cases"], row["n_failed"], *_dice_cells(row["classes"], columns), _percent(row["dice"])]
         for row in summary["folds"]
     ]
-    total = [_spread(classes[name]["dice"], 100) for name in _foreground_first(classes)]
+    total = [_spread(classes[name]["dice"], 100) if name in classes else "–" for name in columns]
     rows.append(["mean ± sd", "", "", *total, f"**{_spread(summary['dice'], 100)}**"])
     dice = _table(["fold", "cases", "failed", *heads, "pooled", "**Dice %**"], rows)
 
@@ -231,11 +233,7 @@ def comparison_tables(
 
 
 def _dice_cells(means: Mapping[str, Mapping], classes: Iterable[str]) -> list[str]:
-    return [_percent(means[name]["dice"]["mean"]) if name in means else "–" for name in _foreground_first(classes)]
-
-
-def _foreground_first(classes: Iterable[str]) -> list[str]:
-    return sorted(classes, key=lambda name: name == MICRO)  # stable: the classes keep their order
+    return [_percent(means[name]["dice"]["mean"]) if name in means else "–" for name in classes]
 
 
 def _percent(value: float) -> str:

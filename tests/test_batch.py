@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pytest
 from amaes import batch
 from amaes.cli import run
 from amaes.collect import Item, collect
+from amaes.files import locked
 from amaes.nifti import RejectedInput
+from amaes.predict import file_values
 from amaes.preprocess import Config, main
 from tests.conftest import make_volume, save_nifti
 
@@ -132,6 +135,32 @@ def test_declared_names_pass_the_label_map(tmp_path):
     assert index(tmp_path / "s")["channels"] == ["T1"]
 
 
+def test_values_that_others_are_mapped_onto_are_recorded(tmp_path):
+    """A class of several values has no way back; {2: 1} alone would not tell that there was a 1."""
+    label = np.zeros((12, 14, 10), dtype=np.uint8)
+    label[2:4], label[5:7], label[8:10] = 1, 2, 4
+    save_nifti(tmp_path / "i/a.nii.gz")
+    save_nifti(tmp_path / "l/a.nii.gz", label)
+    found, store = collect(tmp_path / "i", tmp_path / "l"), tmp_path / "s"
+    for status in ("ok", "skipped"):
+        result = batch.write_store(found, store, Config(label_map={2: 1, 4: 3}))
+        assert result.outcomes[0].row["status"] == status
+        assert index(store)["config"]["label_map"] == {"1": 1, "2": 1, "4": 3}
+        assert index(store)["config_hash"] == Config(label_map={2: 1, 4: 3}).hash()
+    label_map = Config.from_dict(index(store)["config"]).label_map
+    assert file_values(np.arange(4, dtype=np.uint8), label_map).tolist() == [0, 1, 2, 4]
+
+
+def test_negative_label_values_are_mapped(tmp_path):
+    label = np.zeros((12, 14, 10), dtype=np.int16)
+    label[2:4], label[5:7] = -1, 1
+    save_nifti(tmp_path / "i/a.nii.gz")
+    save_nifti(tmp_path / "l/a.nii.gz", label)
+    options = ["--images", tmp_path / "i", "--labels", tmp_path / "l", "--out", tmp_path / "s", "--workers", 0]
+    assert main([*map(str, options), "--label-map", "3:2", "-1:0"]) == 0
+    assert index(tmp_path / "s")["labels"] == {"0": "background", "1": "label_1"}
+
+
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +237,42 @@ def test_fail_fast_reports_the_rest_as_not_run(scans, tmp_path, capsys):
     assert main(arguments) == 1
     assert main([*arguments, "--allow-rejects"]) == 0
     assert "4 inputs: 0 ok, 3 skipped, 1 rejected, 0 failed" in capsys.readouterr().out
+
+
+def test_fail_fast_keeps_what_an_earlier_run_finished(scans, tmp_path):
+    folder, store = scans(4), tmp_path / "s"
+    batch.write_store(collect(folder), store, Config())
+    (folder / "sub-1" / "sub-1_T1w.nii.gz").write_bytes(b"")
+    save_nifti(folder / "sub-3/sub-3_T1w.nii.gz", make_volume(seed=9))
+    result = batch.write_store(collect(folder), store, Config(), fail_fast=True)
+    assert [case["id"] for case in index(store)["cases"]] == ["sub-0/sub-0_T1w", "sub-2/sub-2_T1w"]
+    assert [outcome.row["reason"] for outcome in result.outcomes] == [None, "empty_file", None, "not_run"]
+
+
+@pytest.mark.parametrize("what", ["images", "labels"])
+def test_files_of_another_folder_are_other_files(scans, tmp_path, what):
+    folder, labels = scans(1), tmp_path / "labels"
+    save_nifti(labels / "sub-0/sub-0_T1w.nii.gz", np.ones((12, 14, 10), dtype=np.uint8))
+    batch.write_store(collect(folder, labels), tmp_path / "s", Config())
+    shutil.copytree(tmp_path / what, tmp_path / "copy")  # sizes and times of change stay
+    pair = (tmp_path / "copy", labels) if what == "images" else (folder, tmp_path / "copy")
+    result = batch.write_store(collect(*pair), tmp_path / "s", Config())
+    assert result.outcomes[0].row["status"] == "ok"
+    properties = json.loads(next((tmp_path / "s" / "cases").rglob("*.json")).read_text())
+    assert "copy" in (properties["source_files"][0] if what == "images" else properties["label_file"])
+
+
+def test_the_report_names_the_option_that_helps(tmp_path, bad_files):
+    shutil.copytree(bad_files["singular_affine"].parent, tmp_path / "i", symlinks=True)
+    save_nifti(tmp_path / "i" / "good.nii.gz")
+    batch.write_store(collect(tmp_path / "i"), tmp_path / "s", Config())
+    messages = {row["id"]: row["message"] for row in report(tmp_path / "s")}
+    assert messages["singular_affine"].endswith("; --assume-ras takes the stored axes as RAS")
+    save_nifti(tmp_path / "c" / "T1.nii.gz")
+    save_nifti(tmp_path / "c" / "b" / "T1.nii.gz")
+    save_nifti(tmp_path / "c" / "b" / "T2.nii.gz")
+    batch.write_store(collect(tmp_path / "c", channels=["T1", "T2"]), tmp_path / "t", Config())
+    assert report(tmp_path / "t")[1]["message"].endswith("missing T2; --missing-channel zeros fills")
 
 
 def test_full_disk_is_one_line_and_leaves_nothing_half_written(scans, tmp_path, monkeypatch, capsys):
@@ -349,10 +414,33 @@ def test_a_folder_that_is_not_a_store_is_left_alone(scans, tmp_path, capsys):
     assert "file" in refused(capsys, "--images", folder, "--out", tmp_path / "file", "--workers", 0)
 
 
+@pytest.mark.parametrize("text", ['{"modality": {}}', '{"format": "amaes-store-1"}', "[]", "null", '{"format": 3}'])
+def test_nothing_is_deleted_from_a_folder_that_is_not_a_store(scans, tmp_path, capsys, text):
+    store = tmp_path / "s"
+    (store / "cases").mkdir(parents=True)
+    (store / "dataset.json").write_text(text)
+    (store / "cases" / ".a.npy.1.tmp").touch()
+    line = refused(capsys, "--images", scans(1), "--out", store, "--workers", 0)
+    assert "not the index of a store" in line
+    assert (store / "cases" / ".a.npy.1.tmp").exists()
+
+
+def test_only_temporary_files_of_the_store_are_deleted(scans, tmp_path):
+    store, folder = tmp_path / "s", scans(1)
+    others = [store / ".editor.tmp", store / "mine" / ".a.npy.1.tmp", store / "cases" / ".swap.tmp", store / ".x.1.tmp"]
+    ours = [store / ".report.jsonl.7.tmp", store / "cases" / "deep" / ".a.npy.12.tmp"]
+    for path in (*others, *ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert statuses(folder, store) == ["ok"]
+    assert all(path.exists() for path in others)
+    assert not any(path.exists() for path in ours)
+
+
 def test_two_processes_do_not_write_one_store(scans, tmp_path):
     found = collect(scans(1))
     (tmp_path / "s").mkdir()
-    with batch._locked(tmp_path / "s"), pytest.raises(ValueError, match="another process is writing this store"):
+    with locked(tmp_path / "s", ""), pytest.raises(ValueError, match="another process is writing this store"):
         batch.write_store(found, tmp_path / "s", Config())
 
 

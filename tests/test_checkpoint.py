@@ -73,7 +73,10 @@ def test_any_flipped_byte_is_survived(tmp_path):
     [
         ({}, "its 'task' is nothing, expected str"),
         ({"task": "segment"}, "its 'model' is nothing, expected dict"),
-        ({"task": "segment", "model": {"w": 3}, "build": {}}, "holds other things than tensors|'preprocess' is nothing"),
+        (
+            {"task": "segment", "model": {"w": 3}, "build": {}},
+            "holds other things than tensors|'preprocess' is nothing",
+        ),
         ({"task": "segment", "model": {}, "build": {"arch": 3}}, "describes no network|'preprocess' is nothing"),
     ],
 )

@@ -301,6 +301,24 @@ def test_decathlon_file_with_several_modalities(tree):
     assert ids(collect(folder / "imagesTs")) == ["BRATS_9"]
 
 
+def test_files_outside_the_training_list_are_counted(tree):
+    folder = tree(*(f"imagesTr/c{k}.nii.gz" for k in range(3)), *(f"labelsTr/c{k}.nii.gz" for k in range(3)))
+    (folder / "imagesTr/c3.nii.gz").symlink_to(tree("x.nii.gz", root="elsewhere") / "x.nii.gz")
+    training = [{"image": f"./imagesTr/c{k}.nii.gz"} for k in (0, 3)] + [{"scan": "y"}, {"image": ["z"]}, "text"]
+    write_json(folder / "dataset.json", {"modality": ["T1"], "labels": ["background", "tumour"], "training": training})
+    found = collect(folder)
+    assert ids(found) == ["c0", "c3"]  # the link as well
+    assert found.notes[0] == "2 files are not in the training list of dataset.json: c1.nii.gz, c2.nii.gz"
+    assert found.channels == ["T1"]
+    assert found.classes == {0: "background", 1: "tumour"}
+
+
+def test_labels_in_the_folder_of_the_images_by_name(tree):
+    folder = tree("p1/T1.nii.gz", "p1/seg.nii.gz")
+    for labels in (folder, folder / "p1" / ".."):
+        assert collect(folder, labels, label_name="seg") == collect(folder, label_name="seg")
+
+
 @pytest.mark.parametrize("content", ["[1]", "{", '{"modality": [1]}', '{"labels": {"a": "b"}}'])
 def test_broken_dataset_json_is_named(tree, content):
     folder = tree("a.nii.gz")

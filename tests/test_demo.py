@@ -135,3 +135,12 @@ def test_without_the_scripts_it_says_where_to_start(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train_pretrain\.py is not in .* the scripts of the repository"):
         demo.main(["--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("own", "seen"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_unless_the_user_says_otherwise(monkeypatch, tmp_path, own, seen):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    assert demo.run_step(python("import os; print(os.environ['OMP_WAIT_POLICY'])"), tmp_path / "log", False) == 0
+    assert (tmp_path / "log").read_text() == f"{seen}\n"

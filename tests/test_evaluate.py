@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -19,6 +20,7 @@ import evaluate
 from amaes import checkpoint, cli, results
 from amaes.batch import write_store
 from amaes.collect import collect
+from amaes.files import locked
 from amaes.metrics import measure_case
 from amaes.preprocess import Config
 from tests.conftest import save_nifti
@@ -40,6 +42,11 @@ class Threshold(nn.Module):
 
     def forward(self, x):
         return torch.cat([self.at - x, x - self.at], dim=1)
+
+
+def write_checkpoint(path, text):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", text)
 
 
 def scan(level=1000.0):
@@ -67,12 +74,12 @@ def make_run(tmp_path, store, monkeypatch):
     """Function: a finished run of threshold networks, `make_run("first", 0.5, [["a", "b"], ["b", "c"]])`."""
     thresholds, calls = {}, []
 
-    def load(path, device):
+    def load(path, device="cpu"):
         run = Path(path).parents[2].name
         model = Threshold(thresholds[run])
         model.register_forward_hook(lambda *_: calls.append(run))
         config = Config(label_map={4: 1}).as_dict()
-        build = {"num_classes": 2}
+        build = {"num_classes": make.classes.get(run, 2)}
         return model.eval(), {
             "step": 5,
             "channels": ["image"],
@@ -90,12 +97,12 @@ def make_run(tmp_path, store, monkeypatch):
         for k, test in enumerate(tests):
             folder = run / f"fold{k}"
             (folder / "checkpoints").mkdir(parents=True)
-            (folder / "checkpoints" / "step-5.pt").write_text(f"{name} {threshold}")
+            write_checkpoint(folder / "checkpoints" / "step-5.pt", f"{name} {threshold}")
             (folder / "config.json").write_text(json.dumps({"train": ["d"], "test": test}))
         (run / "config.json").write_text(json.dumps({"options": {"steps": steps, "data": str(store)}}))
         return run
 
-    make.calls, make.thresholds = calls, thresholds
+    make.calls, make.thresholds, make.classes = calls, thresholds, {}
     return make
 
 
@@ -163,10 +170,106 @@ def test_predictions_are_reused_until_weights_or_settings_change(make_run, capsy
     assert len(calls) > first * 1.5
     before = len(calls)
     make_run.thresholds["first"] = 0.1
-    (folder / "fold0" / "checkpoints" / "step-5.pt").write_text("retrained")
+    write_checkpoint(folder / "fold0" / "checkpoints" / "step-5.pt", "retrained")
     _, out, _ = run(capsys, folder, "--overlap", 0.25)
     assert len(calls) > before
     assert "4.66" in out  # 2 * 64 / (2680 + 64)
+
+
+def remake(store, level):
+    """Other images, label files as they were."""
+    images = store.parent / "images"
+    save_nifti(images / "b.nii.gz", scan(level), LPS)
+    write_store(collect(images, store.parent / "labels"), store, Config(label_map={4: 1}))
+
+
+def test_predictions_of_changed_images_are_made_again(make_run, store, capsys):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    calls = make_run.calls
+    run(capsys, folder)
+    first = len(calls)
+    remake(store, 300)
+    run(capsys, folder)
+    assert len(calls) == first * 1.5  # b alone
+    b = nib.load(folder / "fold0" / "predictions" / "b.nii.gz").get_fdata()
+    assert np.count_nonzero(b) == 2680 + 64 - 64  # 200 / 300 is above the threshold: the body
+    run(capsys, folder)
+    assert len(calls) == first * 1.5
+
+
+def test_a_damaged_prediction_is_made_again(make_run, capsys):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    run(capsys, folder)
+    path = folder / "fold0" / "predictions" / "b.nii.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert run(capsys, folder)[0] == 0
+    assert path.read_bytes() == whole
+
+
+def test_one_process_evaluates_a_fold(make_run, capsys):
+    folder = make_run("first", 0.5, [["a"]])
+    with locked(folder / "fold0", ""):
+        status, out, err = run(capsys, folder, "--overlap", 0.25)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "another process is evaluating" in err
+    assert run(capsys, folder)[0] == 0
+
+
+def test_a_damaged_checkpoint_is_an_unfinished_fold(make_run, capsys):
+    folder = make_run("first", 0.5, [["a"], ["b"]])
+    path = folder / "fold1" / "checkpoints" / "step-5.pt"
+    path.write_bytes(path.read_bytes().replace(b"first", b"FIRST"))  # its checksum tells
+    status, out, err = run(capsys, folder)
+    assert status == 1
+    assert "fold1: step-5.pt is damaged, left out" in err
+    assert "100.00" in out
+
+
+def test_scans_without_orientation_are_read_as_preprocessing_did(make_run, store, tmp_path, capsys):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    for part in ("images", "labels"):
+        for path in (tmp_path / part).iterdir():
+            data = np.asarray(nib.load(path).dataobj)
+            save_nifti(path, data, LPS, qform=0, patch={280: bytes(16)})  # srow_x = 0
+    config = Config(label_map={4: 1}, assume_ras=True)
+    write_store(collect(tmp_path / "images", tmp_path / "labels"), store, config, overwrite=True)
+    status, _, err = run(capsys, folder)
+    assert (status, err) == (0, "")
+    assert json.loads((folder / "summary.json").read_text())["dice"]["mean"] == 0.875
+
+
+def test_runs_of_other_classes_are_refused_before_any_work(make_run, store, capsys):
+    first, second = make_run("first", 0.5, [["a"]]), make_run("second", 0.5, [["a"]])
+    index = json.loads((store / "dataset.json").read_text())
+    index["labels"]["2"] = "other"
+    (store / "dataset.json").write_text(json.dumps(index))
+    make_run.classes["second"] = 3
+    status, out, err = run(capsys, first, second)
+    assert (status, out, make_run.calls, len(err.splitlines())) == (2, "", [], 1)
+    assert "[1, 2]" in err
+    assert "has [1]" in err
+
+
+def test_a_number_without_a_label_is_no_class(make_run, store, capsys):
+    folder = make_run("first", 0.5, [["a"]])
+    index = json.loads((store / "dataset.json").read_text())
+    index["labels"] = {"0": "background", "1": "one", "3": "three"}
+    (store / "dataset.json").write_text(json.dumps(index))
+    make_run.classes["first"] = 4
+    assert run(capsys, folder, "--empty", "one", "--space", "store")[0] == 0
+    assert list(json.loads((folder / "summary.json").read_text())["classes"]) == ["1", "3", "all"]
+
+
+def test_a_store_that_moved_is_to_be_given(make_run, store, tmp_path, capsys, monkeypatch):
+    folder = make_run("first", 0.5, [["a"]])
+    (folder / "config.json").write_text(json.dumps({"options": {"steps": 5, "data": "store"}}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, _, err = run(capsys, folder)
+    assert status == 2
+    assert "--data STORE gives it" in err
+    assert run(capsys, folder, "--data", store)[0] == 0
 
 
 def test_two_runs_are_compared_case_by_case(make_run, tmp_path, capsys):
@@ -223,6 +326,10 @@ def test_a_case_that_fails_is_listed(make_run, store, capsys, missing, mean, n_c
 def test_a_fold_without_a_single_score_is_shown_as_such(make_run, store, capsys):
     folder = make_run("first", 0.5, [["a"], ["b"]])
     (store / "cases" / "b.npy").write_bytes(b"")
+    only = make_run("only", 0.5, [["b"]])
+    _, out, _ = run(capsys, only)
+    assert "| fold | cases | failed | pooled | **Dice %** |" in out
+    assert "| 0 | 0 | 1 | – | – |" in out
     status, out, _ = run(capsys, folder, folder)
     assert status == 1
     assert "| 1 | 0 | 1 | – | – | – |" in out

@@ -21,6 +21,7 @@ def cube(start, stop, shape=SHAPE):
 
 
 EMPTY = np.zeros(SHAPE, bool)
+OBLIQUE = 1.0000000189  # mm, what a turned 1 mm affine in float32 gives
 BOX = cube((4, 5, 6), (8, 9, 10))  # 4 x 4 x 4 voxels
 
 
@@ -163,6 +164,21 @@ def test_empty_states(name):
     assert function(EMPTY, EMPTY, SPACING, empty="one") == pytest.approx(both_one, nan_ok=True)
     assert function(EMPTY, BOX, SPACING) == pytest.approx(missed, nan_ok=True)
     assert function(BOX, EMPTY, SPACING) == pytest.approx(false, nan_ok=True)
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_surface_dice_of_a_shift_by_tau_is_not_lost_to_rounding(axis):
+    assert surface_dice(np.roll(BOX, 1, axis), BOX, (OBLIQUE,) * 3) == 1
+    assert surface_dice(np.roll(BOX, 1, axis), BOX, (1.0001,) * 3) < 1
+
+
+def test_surface_dice_at_tau_by_the_tree():
+    """Ten voxels of 0.1 mm are 1 mm in the tree as well, whose coordinates are rounded."""
+    shape = (60, 60, 60)
+    for start in range(1, 30):
+        first, second = (cube((x, 0, 0), (x + 1, 1, 1), shape) for x in (start, start + 10))
+        first[0, 40, 40] = second[0, 40, 40] = True  # the box begins there
+        assert surface_dice(first, second, (0.1,) * 3) == 1, start
 
 
 @pytest.mark.parametrize("name", [n for n in STATES if n not in ("precision", "lesion_precision")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -18,7 +19,7 @@ from torch import nn
 from amaes import checkpoint, predict
 from amaes.models import build_autoencoder, build_segmenter
 from amaes.nifti import restore, write_like
-from amaes.predict import file_values, predict_file
+from amaes.predict import channel_order, file_values, find_cases, predict_file
 from amaes.preprocess import Config
 from tests.conftest import AFFINE, make_volume
 
@@ -132,6 +133,8 @@ def test_labels_lie_where_the_intensities_are(nifti_file):
         ({10: 1, 20: 2, 300: 3}, [0, 10, 20, 300]),
         ({2: 1, 3: 1}, [0, 1, 2, 3]),  # several old values: no way back
         ({1: 2, 2: 1}, [0, 2, 1, 3]),
+        ({2: 1, 1: 1}, [0, 1, 2, 3]),  # as the store of merged values says
+        ({2: 1, 3: 1, 1: 3}, [0, 2, 2, 1]),  # 1 would mean class 3
     ],
 )
 def test_values_of_the_label_files_come_back(label_map, expected):
@@ -143,8 +146,9 @@ def test_values_of_the_label_files_come_back(label_map, expected):
 
 def test_mapped_values_are_written(nifti_file):
     config = Config(label_map={4: 2}).as_dict()
-    labels, _ = predict_file(Bands(), meta(preprocess=config), [nifti_file("a.nii.gz")])
-    assert set(np.unique(labels)) == {0, 1, 4}
+    arguments = Bands(), meta(preprocess=config), [nifti_file("a.nii.gz")]
+    assert set(np.unique(predict_file(*arguments)[0])) == {0, 1, 2}
+    assert set(np.unique(predict_file(*arguments, restore_values=True)[0])) == {0, 1, 4}
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -206,9 +210,175 @@ def test_only_bad_files_is_one_line_and_status_2(weights, bad_files, tmp_path, c
 
 def test_several_files_are_the_channels_of_one_case(two_channels, nifti_file, tmp_path, capsys):
     scans = [nifti_file(f"{name}.nii.gz", make_volume(SCAN, seed)) for seed, name in enumerate(("a_T1", "a_FLAIR"))]
-    status, _, _ = run(capsys, "--weights", two_channels, "--images", *scans, "--out", tmp_path / "out")
-    assert status == 0
-    assert (tmp_path / "out" / "a_T1.nii.gz").is_file()
+    for images, out in ((scans, "out"), (scans[::-1], "turned")):
+        status, _, _ = run(capsys, "--weights", two_channels, "--images", *images, "--out", tmp_path / out)
+        assert status == 0
+    one, other = (nib.load(tmp_path / out / "a.nii.gz").get_fdata() for out in ("out", "turned"))
+    assert np.array_equal(one, other)  # by name
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["p1/T1.nii.gz", "p1/flair.nii.gz"], "p1"),
+        (["p1/x-T1.nii.gz", "p1/x-flair.nii.gz"], "x"),
+        (["p1/first.nii.gz", "p1/second.nii.gz"], "p1"),
+        (["p1/scan_0000.nii.gz", "p1/scan_0001.nii.gz"], "scan"),
+        (["p1/x.NII.GZ"], "x"),
+    ],
+)
+def test_name_of_a_case_of_files(nifti_file, names, expected):
+    (item,) = find_cases([nifti_file(name) for name in names], ["T1", "FLAIR"]).items
+    assert item.id == expected
+
+
+def test_two_files_of_one_channel_are_refused(nifti_file):
+    with pytest.raises(ValueError, match="two files are called T1"):
+        find_cases([nifti_file(name) for name in ("a_T1.nii.gz", "b_t1.nii.gz")], ["T1", "FLAIR"])
+    assert find_cases([nifti_file("x.NII.GZ")], ["image"]).items[0].id == "x"
+
+
+# Channels of a data set -----------------------------------------------------------------------------------------------
+
+
+class Second(nn.Module):
+    """Class by the intensity of the second channel."""
+
+    def forward(self, x):
+        return Bands()(x[:, 1:])
+
+
+def declare(folder, names, **more):
+    content = {"channel_names": {str(k): name for k, name in enumerate(names)}, "labels": {"background": 0}, **more}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("kind", ["files", "4-D"])
+def test_declared_channels_are_put_into_the_order_of_the_checkpoint(kind, nifti_file, tmp_path):
+    t1, flair = make_volume(SCAN), make_volume(SCAN, 1)
+    expected, _ = predict_file(
+        Second(), meta(channels=["T1", "FLAIR"]), [nifti_file("T1.nii.gz", t1), nifti_file("F.nii.gz", flair)]
+    )
+    declare(tmp_path / "d", ["flair", "t1"])
+    if kind == "files":
+        for k, volume in enumerate((flair, t1)):
+            nifti_file(f"d/imagesTs/c_000{k}.nii.gz", volume)
+    else:
+        nifti_file("d/imagesTs/c.nii.gz", np.stack([flair, t1], axis=3))
+    found = find_cases([tmp_path / "d" / "imagesTs"], ["T1", "FLAIR"])
+    assert found.channels == ["flair", "t1"]
+    labels, _ = predict_file(Second(), meta(channels=["T1", "FLAIR"]), found.items[0].images, channels=found.channels)
+    assert np.array_equal(labels, expected)
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "order"),
+    [
+        (["T1", "T2"], ["t2", "t1"], [1, 0]),
+        (["T1", "T2"], ["channel_0", "channel_1"], [0, 1]),
+        (["channel_0", "channel_1"], ["T1", "T2"], [0, 1]),
+        (["FLAIR"], ["image"], [0]),
+        (["T1", "T1"], ["T1", "T1"], [0, 1]),
+    ],
+)
+def test_channel_order(found, wanted, order):
+    assert channel_order(found, wanted) == order
+
+
+def test_other_channels_are_refused_with_both_lists(two_channels, nifti_file, tmp_path, capsys):
+    declare(tmp_path / "d", ["T1", "ADC"])
+    for k in range(2):
+        nifti_file(f"d/imagesTs/c_000{k}.nii.gz", make_volume(SCAN, k))
+    options = ["--weights", two_channels, "--out", tmp_path / "out"]
+    status, _, err = run(capsys, *options, "--images", tmp_path / "d" / "imagesTs")
+    assert status == 2
+    assert "T1, FLAIR" in err
+    assert "T1, ADC" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_data_set_needs_no_labels_and_its_training_list_is_not_looked_at(nifti_file, tmp_path):
+    names = [f"d/imagesTr/c{k}_0000.nii.gz" for k in range(3)]
+    for name in names:
+        nifti_file(name)
+    nifti_file("d/labelsTr/c0.nii.gz")
+    declare(tmp_path / "d", ["T1"], training=[{"image": "./imagesTr/c0_0000.nii.gz"}])
+    for folder in ("d", "d/imagesTr"):
+        found = find_cases([tmp_path / folder], ["T1"])
+        assert [item.id for item in found.items] == ["c0", "c1", "c2"]
+        assert not any(item.problem for item in found.items)
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(4, ["c"]), (1, ["c_0000", "c_0001", "c_0002", "c_0003"])])
+@pytest.mark.parametrize("folder", ["scans", "imagesTs"])
+def test_numbered_files_are_channels_where_the_checkpoint_has_as_many(nifti_file, tmp_path, folder, channels, expected):
+    for k in range(4):
+        nifti_file(f"{folder}/c_000{k}.nii.gz")
+    names = [f"channel_{k}" for k in range(channels)] if channels > 1 else ["image"]
+    assert [item.id for item in find_cases([tmp_path / folder], names).items] == expected
+
+
+def test_one_channel_takes_every_name(nifti_file, tmp_path):
+    for name in ("a_T1", "b_T1", "c"):
+        nifti_file(f"s/{name}.nii.gz")
+    assert [item.id for item in find_cases([tmp_path / "s"], ["T1"]).items] == ["a_T1", "b_T1", "c"]
+    (tmp_path / "s" / "c.nii.gz").unlink()
+    assert [item.id for item in find_cases([tmp_path / "s"], ["T1"]).items] == ["a", "b"]
+
+
+def test_files_that_no_channel_takes_are_listed(two_channels, nifti_file, tmp_path, capsys):
+    for name in ("a_T1", "a_FLAIR", "a_mask"):
+        nifti_file(f"s/{name}.nii.gz", make_volume(SCAN))
+    options = ["--weights", two_channels, "--out", tmp_path / "out"]
+    status, out, err = run(capsys, *options, "--images", tmp_path / "s")
+    assert (status, len(out.splitlines())) == (1, 1)
+    assert f"not predicted: {tmp_path / 's' / 'a_mask.nii.gz'}: not used" in err
+    assert "1 of 1 cases predicted" in err
+
+
+def test_what_lies_one_folder_up_is_not_declared(nifti_file, tmp_path):
+    nifti_file("d/scans/a.nii.gz")
+    declare(tmp_path / "d", ["T1", "T2"])
+    assert [item.id for item in find_cases([tmp_path / "d" / "scans"], ["T1"]).items] == ["a"]
+
+
+def test_missing_channels_are_filled_where_training_did(nifti_file, tmp_path, capsys):
+    config = Config(missing_channel="zeros").as_dict()
+    weights = save_checkpoint(tmp_path / "zeros", channels=("T1", "FLAIR"), preprocess=config)
+    nifti_file("s/a_T1.nii.gz", make_volume(SCAN))
+    options = ["--weights", weights, "--images", tmp_path / "s"]
+    assert run(capsys, *options, "--out", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "a.nii.gz").is_file()
+
+
+def test_messages_name_no_option_of_another_program(two_channels, bad_files, nifti_file, tmp_path, capsys):
+    nifti_file("s/a_T1.nii.gz", make_volume(SCAN))
+    moved = AFFINE.copy()
+    moved[0, 3] += 50
+    nifti_file("s/b_T1.nii.gz", make_volume(SCAN))
+    nifti_file("s/b_FLAIR.nii.gz", make_volume(SCAN), moved)
+    for name in ("c_T1", "c_FLAIR"):
+        shutil.copy(bad_files["singular_affine"], tmp_path / "s" / f"{name}.nii.gz")
+    options = ["--weights", two_channels, "--out", tmp_path / "out"]
+    status, _, err = run(capsys, *options, "--images", tmp_path / "s")
+    assert status == 2
+    assert "--" not in err.replace("--images", "")
+    for case in "bc":
+        scans = [tmp_path / "s" / f"{case}_{name}.nii.gz" for name in ("T1", "FLAIR")]
+        status, _, err = run(capsys, *options, "--images", *scans)
+        assert status == 2
+        assert "--" not in err
+
+
+def test_restored_labels_on_request(nifti_file, tmp_path, capsys):
+    weights = save_checkpoint(tmp_path / "mapped", label_map={40: 1, 50: 2})
+    scan = nifti_file("p1.nii.gz", make_volume(SCAN))
+    for more, accepted in (([], {0, 1, 2}), (["--restore-labels"], {0, 40, 50})):
+        assert run(capsys, "--weights", weights, "--images", scan, "--out", tmp_path / "out", *more)[0] == 0
+        values = set(np.unique(nib.load(tmp_path / "out" / "p1.nii.gz").get_fdata()).astype(int))
+        assert values <= accepted
+        assert len(values) > 1
 
 
 def test_folder_is_grouped_by_channel_names(two_channels, nifti_file, tmp_path, capsys):
@@ -223,7 +393,7 @@ def test_folder_is_grouped_by_channel_names(two_channels, nifti_file, tmp_path, 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.nii.gz"]
     both = [tmp_path / "scans" / f"a_{name}.nii.gz" for name in ("T1", "FLAIR")]
     assert run(capsys, "--weights", two_channels, "--images", *both, "--out", tmp_path / "files")[0] == 0
-    one, other = (nib.load(path).get_fdata() for path in (tmp_path / "out/a.nii.gz", tmp_path / "files/a_T1.nii.gz"))
+    one, other = (nib.load(path).get_fdata() for path in (tmp_path / "out/a.nii.gz", tmp_path / "files/a.nii.gz"))
     assert np.array_equal(one, other)  # the order is that of the checkpoint, not of the alphabet
 
 

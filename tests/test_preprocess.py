@@ -238,6 +238,18 @@ def test_label_values_are_mapped_and_checked(nifti_file):
             prepared(image, nifti_file("w.nii", np.where(label > 0, wrong, 0), ISO, dtype="float32"))
 
 
+@pytest.mark.parametrize("mode", ["none", "unit"])
+def test_what_half_precision_cannot_hold_is_refused(nifti_file, mode):
+    path = nifti_file("a.nii", make_volume() * 100, ISO)
+    if mode == "unit":
+        assert prepared(path, dtype="float16").image.max() == 1
+        return
+    with pytest.raises(RejectedInput, match=r"a.nii: expected values up to 65504 \(float16\), found 9\d+") as caught:
+        prepared(path, normalization=mode, dtype="float16")
+    assert caught.value.code == "overflow"
+    assert prepared(path, normalization=mode).image.max() > 65504
+
+
 @pytest.mark.parametrize(
     ("moved", "outcome"), [(0.0, "same"), (1e-4, "same"), (0.3, "warning"), (0.7, "rejected"), (2.0, "rejected")]
 )
