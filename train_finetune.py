@@ -43,6 +43,14 @@ def parse_options() -> argparse.Namespace:
     add("--data", required=True, metavar="STORE", help="folder written by amaes.preprocess --labels")
     add("--augment", choices=list(AUGMENTATIONS), help="transforms (default: spatial with --weights CKPT, else all)")
     add(
+        "--augment-options",
+        type=options.augment_option,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help=options.AUGMENT_HELP,
+    )
+    add(
         "--window",
         choices=["parity", "official", "none"],
         default="parity",
@@ -88,6 +96,8 @@ def main() -> int:
     options.check_patch_size(args.patch_size, args.arch)
     half = backend.use_bf16(ranks.device, args.precision)
     compiler, how = backend.compiler(ranks.device, args.compile)
+    extra = {"window": args.window, **dict(args.augment_options)}
+    augment = FinetuneAugment(args.patch_size, args.augment, args.seed, **extra)
     args.data = str(Path(args.data).absolute())  # so that config.json finds it from any working folder
     store = Store(args.data)
     if store.num_classes < 2:
@@ -117,7 +127,7 @@ def main() -> int:
     accumulate = distributed.from_main(chosen)["accumulate"] if args.accumulate == "auto" else args.accumulate
     log(f"{options.describe_batch(args.batch_size, accumulate, ranks, args.steps)}, {args.augment} augmentation, {how}")
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=half)
-    plan = Plan(store, build, accumulate, autocast, compiler, StopRequest())
+    plan = Plan(store, build, accumulate, autocast, compiler, augment, StopRequest())
     for fold, split in enumerate(splits):
         if args.fold in ("all", str(fold)):
             log(f"fold {fold}: {len(split['train'])} cases to train on, {len(split['test'])} to test on")
@@ -136,6 +146,7 @@ class Plan:
     accumulate: int  # micro-steps per step
     autocast: torch.autocast
     compiler: Callable
+    augment: FinetuneAugment
     stop: StopRequest
 
 
@@ -155,7 +166,7 @@ def train_fold(args: argparse.Namespace, plan: Plan, split: dict, folder: Path, 
     model, gradients = distributed.wrap(network, ranks, plan.compiler)
     log(f"{args.arch}, {args.decoder} decoder, {sum(p.numel() for p in network.parameters()):,} parameters")
 
-    augment = FinetuneAugment(args.patch_size, preset=args.augment, seed=args.seed, window=args.window)
+    augment = plan.augment
     sizes = (args.patch_size, augment.window_size)
     patches = Patches(store, *sizes, seed=args.seed, labels=True, foreground=args.foreground)
     train = [store.index(id) for id in split["train"]]

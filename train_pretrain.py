@@ -41,6 +41,14 @@ def parse_options() -> argparse.Namespace:
     add("--val-fraction", type=cli.fraction, default=0.01, help="share of the volumes kept for validation")
     add("--split-by", choices=["subject", "volume"], default="subject", help="what stays on one side of that split")
     add("--augment", choices=list(AUGMENTATIONS), default="all", help="transforms; of intensity: the input's alone")
+    add(
+        "--augment-options",
+        type=options.augment_option,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help=options.AUGMENT_HELP,
+    )
     add("--crop", choices=CROPS, default="window", help="place the window uniformly (as published) or the patch in it")
     add = parser.add_argument_group("objective").add_argument
     add("--mask-ratio", type=cli.fraction, default=0.6, help="fraction of tokens hidden")
@@ -77,6 +85,7 @@ class Plan:
     steps: int
     accumulate: int  # micro-steps per step
     autocast: torch.autocast
+    augment: PretrainAugment
 
 
 def main() -> int:
@@ -90,6 +99,7 @@ def main() -> int:
     options.check_mask(args.patch_size, args.token_size, args.mask_ratio, args.loss_over)
     half = backend.use_bf16(ranks.device, args.precision)
     compiler, how = backend.compiler(ranks.device, args.compile)
+    augment = PretrainAugment(args.patch_size, args.augment, args.seed, **dict(args.augment_options))
 
     # Data
     store = open_store(args, ranks, log)
@@ -119,7 +129,7 @@ def main() -> int:
     log(f"{len(train)} volumes to train on, {len(validation)} to validate on")
     log(options.describe_batch(args.batch_size, accumulate, ranks, steps))
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=half)
-    plan = Plan(store, train, validation, build, steps_per_epoch, steps, accumulate, autocast)
+    plan = Plan(store, train, validation, build, steps_per_epoch, steps, accumulate, autocast, augment)
     loop(args, plan, ranks, network, model, gradients, optimizer, step, log)
     log(f"done: {args.out}/checkpoints/step-{steps}.pt")
     distributed.shutdown()
@@ -129,7 +139,7 @@ def main() -> int:
 def loop(args, plan: Plan, ranks, network: nn.Module, model: Callable, gradients: Callable, optimizer, step: int, log):
     """From `step` to the last: read, augment, mask, predict, update, now and then report, validate and save."""
     device, channels = ranks.device, len(plan.store.channels)
-    augment = PretrainAugment(patch_size=args.patch_size, preset=args.augment, seed=args.seed)
+    augment = plan.augment
     patches = Patches(plan.store, args.patch_size, augment.window_size, seed=args.seed, crop=args.crop)
     order = Batches(plan.train, args.batch_size, args.seed, step, plan.steps, plan.accumulate, ranks.rank, ranks.world)
     batches = loader(patches, order, args.workers, pin_memory=device.type == "cuda")

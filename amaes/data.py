@@ -294,6 +294,8 @@ class Patches(Dataset):
         try:
             start = self._start(rng.stream(self.seed, epoch, index, self.purpose), case)
             image = read_window(self.store.image(case.id), start, self.window, self._fill(case))
+            if not np.isfinite(image).all():
+                raise ValueError("its image holds values that are not finite")
             item = {"image": torch.from_numpy(image), "epoch": epoch, "case": index}
             if self.labels:
                 label = read_window(self.store.label(case.id)[None], start, self.window, 0)

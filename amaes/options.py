@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from amaes import cli
+from amaes.augment import Options
 from amaes.backend import COMPILE_CHOICES, PRECISIONS
 from amaes.distributed import Ranks
 from amaes.models import ARCHITECTURES, ENCODER_OPTIONS, build_encoder
@@ -53,6 +55,39 @@ def encoder_options(args: argparse.Namespace) -> dict[str, str]:
 
 def _accumulate(text: str) -> int | str:
     return text if text == "auto" else cli.positive_int(text)
+
+
+AUGMENT_HELP = "of amaes.augment.Options, e.g. order=3 bias=exp rotation_degrees=-15,15 mirror=0.5"
+
+
+def augment_option(text: str) -> tuple[str, object]:
+    """argparse type: NAME=VALUE for a field of `amaes.augment.Options`, a range as LOW,HIGH."""
+    name, _, value = text.partition("=")
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    if name not in defaults:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: no such option of the augmentation; accepted: {', '.join(defaults)}"
+        )
+    try:
+        return name, _AS_DEFAULT[type(defaults[name])](value)
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a value like {name}={defaults[name]}") from None
+
+
+def _number_or_name(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+_AS_DEFAULT = {
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    int: int,
+    float: float,
+    str: _number_or_name,  # `fill` takes both
+    tuple: lambda text: tuple(float(part) for part in text.strip("()").split(",")),
+}
 
 
 def add_run_options(parser: cli.Parser, out: str, save_every: int) -> None:

@@ -84,7 +84,7 @@ def open_run(
     if old is not None:
         if resume == "never":
             raise ValueError(f"--out {folder}: holds a run already; take another folder, --overwrite, or --resume auto")
-        _compare(folder, old["options"], options, "--{}")
+        _compare(folder, old["options"], json.loads(json.dumps(options)), "--{}")
         _compare(folder, old["record"], json.loads(json.dumps(record)), "{}")
         if old["chosen"]["world"] != chosen["world"]:
             old["chosen"] = chosen

@@ -256,6 +256,14 @@ def test_unknown_crop_is_named(store):
         Patches(store, (16, 16, 16), crop="middle")
 
 
+def test_values_that_are_not_finite_name_the_case(store):
+    image = position_image(2, SHAPES[0])
+    image[0] = np.nan
+    np.save(store.path / "cases" / "case00.npy", image)
+    with pytest.raises(ValueError, match=r"case case00 .*not finite"):
+        list(loader(Patches(store, (16, 16, 16)), [[(0, 0)]], 0, pin_memory=False))
+
+
 def test_a_label_the_store_does_not_declare_names_the_case(store):
     np.save(store.path / "cases" / "case00_label.npy", np.full(SHAPES[0], 3, np.uint8))
     with pytest.raises(ValueError, match=r"case case00 .*label value 3, the store has 0 to 2"):

@@ -92,6 +92,27 @@ def test_masks_must_keep_and_hide_something():
         options.check_mask((32, 32, 32), 4, 0.0, "masked")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("order=3", ("order", 3)),
+        ("bias=exp", ("bias", "exp")),
+        ("fill=0.5", ("fill", 0.5)),
+        ("clip=false", ("clip", False)),
+        ("rotation=0.5", ("rotation", 0.5)),
+        ("rotation_degrees=-15,15", ("rotation_degrees", (-15.0, 15.0))),
+    ],
+)
+def test_options_of_the_augmentation(text, expected):
+    assert options.augment_option(text) == expected
+
+
+@pytest.mark.parametrize("text", ["nope=3", "order", "order=x", "clip=maybe", "rotation_degrees=a,b"])
+def test_wrong_options_of_the_augmentation_are_named(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}': "):
+        options.augment_option(text)
+
+
 def test_batch_is_described():
     assert options.describe_batch(8, 2, Ranks(0, 2, 0, 2, torch.device("cpu")), 10) == (
         "10 steps of 8 patches = 2 ranks x 2 micro-steps x 2 on cpu"

@@ -29,8 +29,8 @@ def test_a_new_run_records_what_it_is(tmp_path):
 
 
 def test_the_same_command_continues_and_is_recorded(tmp_path):
-    open_run(tmp_path, {"lr": 0.1, "workers": 0}, {})
-    open_run(tmp_path, {"lr": 0.1, "workers": 4}, {})
+    open_run(tmp_path, {"lr": 0.1, "workers": 0, "pairs": [("order", 3)]}, {})
+    open_run(tmp_path, {"lr": 0.1, "workers": 4, "pairs": [("order", 3)]}, {})
     assert len(json.loads((tmp_path / "config.json").read_text())["starts"]) == 2
 
 
