@@ -96,7 +96,7 @@ def main() -> int:
     options.check_patch_size(args.patch_size, args.arch)
     half = backend.use_bf16(ranks.device, args.precision)
     compiler, how = backend.compiler(ranks.device, args.compile)
-    extra = {"window": args.window, **dict(args.augment_options)}
+    extra = options.unique(args.augment_options, window=args.window)
     augment = FinetuneAugment(args.patch_size, args.augment, args.seed, **extra)
     args.data = str(Path(args.data).absolute())  # so that config.json finds it from any working folder
     store = Store(args.data)

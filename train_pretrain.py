@@ -99,7 +99,7 @@ def main() -> int:
     options.check_mask(args.patch_size, args.token_size, args.mask_ratio, args.loss_over)
     half = backend.use_bf16(ranks.device, args.precision)
     compiler, how = backend.compiler(ranks.device, args.compile)
-    augment = PretrainAugment(args.patch_size, args.augment, args.seed, **dict(args.augment_options))
+    augment = PretrainAugment(args.patch_size, args.augment, args.seed, **options.unique(args.augment_options))
 
     # Data
     store = open_store(args, ranks, log)

@@ -154,7 +154,8 @@ def _check_entries(path: Path, content: dict, *names: str) -> None:
         if not isinstance(content.get(name), _ENTRIES[name]):
             found = type(content[name]).__name__ if name in content else "nothing"
             raise ValueError(f"{path}: its {name!r} is {found}, expected {_ENTRIES[name].__name__}")
-    if "model" in names and not all(isinstance(tensor, torch.Tensor) for tensor in content["model"].values()):
+    model = content["model"].items() if "model" in names else ()
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in model):
         raise ValueError(f"{path}: its 'model' holds other things than tensors")
 
 
@@ -199,6 +200,8 @@ def _fits(tensors: dict[str, torch.Tensor], arch: str) -> bool:
     with torch.device("meta"):
         own = build_encoder(arch).state_dict()
     given = {name: tensors.get(f"encoder.{name}") for name in own}
+    if any(key.startswith("encoder.") and key.removeprefix("encoder.") not in own for key in tensors):
+        return False
     return all(t is not None and _same_but_channels(t, own[name]) for name, t in given.items())
 
 
@@ -272,6 +275,9 @@ def load_encoder(network: nn.Module, path: Path, stem: str = "repeat", allow_par
     report.ignored = [
         key for key in source if key.removeprefix("encoder.") not in found or not key.startswith("encoder.")
     ]
+    foreign = [key for key in source if key.startswith("encoder.") and key.removeprefix("encoder.") not in own]
+    # Left new without asking: a first convolution (--stem random), and response norms, which begin as the identity.
+    essential = [name for name in report.new if name != first and ".grn." not in name]
     total = sum(tensor.numel() for tensor in own.values())
     report.coverage = sum(tensor.numel() for tensor in found.values()) / total
     if not found or (report.coverage < 0.95 and not allow_partial):
@@ -280,6 +286,12 @@ def load_encoder(network: nn.Module, path: Path, stem: str = "repeat", allow_par
             f"tensors), at least 95 % are needed; the file ({imported.family}) holds {_sizes(source)}; the encoder "
             f"needs {_sizes({'encoder.' + name: own[name] for name in report.new})}; {_fitting(source)} "
             "(--allow-partial takes what fits)"
+        )
+    if (foreign or essential) and not allow_partial:
+        parts = [f"{len(foreign)} encoder tensors of the file have no place, e.g. {foreign[0]}"] if foreign else []
+        parts += [f"{len(essential)} of the encoder are not in it, e.g. {essential[0]}"] if essential else []
+        raise ValueError(
+            f"{path}: holds another encoder: {'; '.join(parts)}; {_fitting(source)} (--allow-partial takes what fits)"
         )
     if not all(tensor.isfinite().all() for tensor in found.values()):
         raise ValueError(f"{path}: holds weights that are not finite")

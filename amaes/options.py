@@ -74,6 +74,20 @@ def augment_option(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a value like {name}={defaults[name]}") from None
 
 
+def unique(pairs: list[tuple[str, object]], **taken: object) -> dict:
+    """NAME=VALUE options as keyword arguments, together with those that have an option of their own.
+
+    Raises:
+        ValueError: a name was given twice.
+    """
+    given = dict(taken)
+    for name, value in pairs:
+        if name in given:
+            raise ValueError(f"--augment-options {name}={value}: {name} is {given[name]} already")
+        given[name] = value
+    return given
+
+
 def _number_or_name(text: str) -> float | str:
     try:
         return float(text)

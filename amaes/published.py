@@ -55,6 +55,7 @@ _MONAI_MEDNEXT: Rules = (
 _SWIN: Rules = (
     (r"^(?:swinViT|swin_vit|encoder)\.", ""),
     (r"^patch_embed\.proj\.", "encoder.patch_embed."),
+    (r"^layers(\d)c\.", r"encoder.residual_\1."),  # of MONAI's use_v2, which has no place here
     (r"^layers(\d)\.0\.(?:0\.)?", lambda m: f"encoder.stages.{int(m[1]) - 1}."),
     (r"\.attn\.relative_position_bias_table$", ".attention.bias"),
     (r"\.attn\.", ".attention."),
@@ -141,7 +142,7 @@ def convert(content: Mapping, where: object) -> Imported:
     for outer in ("state_dict", "network_weights", "model"):
         if isinstance(content.get(outer), Mapping):
             content = content[outer]
-    given = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    given = {k: value for k, value in content.items() if isinstance(k, str) and isinstance(value, torch.Tensor)}
     if not given:
         raise ValueError(f"{where}: holds no tensors; entries: {', '.join(map(str, list(content)[:5]))}")
     plain: dict[str, torch.Tensor] = {}

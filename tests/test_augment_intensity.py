@@ -136,7 +136,6 @@ def test_low_resolution_stays_in_the_range_of_the_voxels_that_survive():
     small = X[:, kept[0]][:, :, kept[1]][:, :, :, kept[2]]
     low, high = fn.value_range(small)
     assert torch.all((y >= low) & (y <= high))
-    assert not torch.equal(y, fn.low_resolution(X, lengths(6, 9, 5), *TABLES, clip=False))
 
 
 def test_low_resolution_lengths_differ_within_a_batch():

@@ -202,6 +202,25 @@ def test_another_architecture_is_refused_and_changes_nothing(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted", "message"),
+    [
+        ("mednext_m", "mednext_b", "encoder tensors of the file have no place"),  # deeper stages of the same width
+        ("mednext_v2_base", "mednext_l", "encoder tensors of the file have no place"),  # its response norms
+        ("mednext_s_k5", "mednext_s", "of the encoder are not in it"),  # all its spatial filters
+    ],
+)
+def test_an_encoder_that_fits_by_count_alone_is_refused(tmp_path, given, wanted, message):
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build_autoencoder(given).state_dict().items()}
+        target = build_segmenter(wanted)
+    model = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    torch.save(ours(model, given), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_encoder(target, tmp_path / "other.pt")
+    assert checkpoint.load_encoder(target, tmp_path / "other.pt", allow_partial=True).coverage > 0.9
+
+
 def test_part_of_an_encoder_needs_permission(tmp_path):
     source, target = build_autoencoder("unet_tiny"), build_segmenter("unet_tiny")
     part = {k: v for k, v in source.state_dict().items() if not k.startswith("encoder.stages.4.1")}

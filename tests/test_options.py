@@ -113,6 +113,13 @@ def test_wrong_options_of_the_augmentation_are_named(text):
         options.augment_option(text)
 
 
+def test_an_option_of_the_augmentation_is_given_once():
+    assert options.unique([("order", 3)], window="none") == {"order": 3, "window": "none"}
+    for pairs in ([("order", 3), ("order", 1)], [("window", "parity")]):
+        with pytest.raises(ValueError, match=f"--augment-options {pairs[-1][0]}="):
+            options.unique(pairs, window="none")
+
+
 def test_batch_is_described():
     assert options.describe_batch(8, 2, Ranks(0, 2, 0, 2, torch.device("cpu")), 10) == (
         "10 steps of 8 patches = 2 ranks x 2 micro-steps x 2 on cpu"

@@ -48,7 +48,7 @@ def settings(sides: tuple[int, int, int]) -> dict[str, tuple[dict, dict]]:
         ),
         "low_resolution": (
             {"low_resolution_lengths": [[[round(0.9 * sides[0]), *whole[1:]]]]},
-            {"low_resolution_lengths": [[[max(side // 2, 1) for side in sides]]]},
+            {"low_resolution_lengths": [[[max(round(0.5 * side), 1) for side in sides]]]},
         ),
         "bias_field": ({"bias_field_centre": [[middle]]}, {"bias_field_centre": [[[0, 0, 0]]]}),
         "gamma": (

@@ -84,23 +84,22 @@ def low_resolution(
     lengths: torch.Tensor,
     operators: Sequence[torch.Tensor],
     kept: Sequence[torch.Tensor],
-    clip: bool = True,
 ) -> torch.Tensor:
     """Down by nearest neighbour without smoothing, up by cubic B-spline: a scan with thick slices.
+
+    The result is clipped to the range of the voxels that survive the way down, which lies within that of x. This is
+    part of the resampling, in fine-tuning too, where no stage clips to its input's range.
 
     Args:
         lengths: samples left along each axis, (N, 3), integer; the side of x where nothing happens.
         operators: per axis (R, n, n) float64, for the lengths n - R + 1, ..., n; see `low_resolution_tables`.
         kept: per axis (R, n) bool, the voxels that survive the way down.
-        clip: to the range of the surviving voxels, which lies within that of x.
     """
     rows = [lengths[:, axis] - x.shape[axis + 1] + len(operators[axis]) - 1 for axis in range(3)]
     y = x.double()
     y = (operators[0][rows[0]] @ y.flatten(2)).view_as(y)
     y = operators[1][rows[1]][:, None] @ y
     y = (y.flatten(1, 2) @ operators[2][rows[2]].mT).view_as(y).to(x.dtype)
-    if not clip:
-        return y
     low = high = x
     for axis in (2, 1, 0):  # the surviving voxels are a product of three index sets
         mask = kept[axis][rows[axis]].view(len(x), *(1,) * axis, -1)

@@ -221,7 +221,7 @@ class _Augment:
                 tables = [[packed[f"{table}{side}"] for side in self.patch_size] for table in stage.tables]
                 result = stage.apply(_take(volumes, stage.key, packed), *parameters, *tables)
                 volumes = _put(volumes, result, stage.key, packed)
-        return volumes.view_as(patch)
+        return volumes.contiguous().view_as(patch)  # a transform along one axis may leave other strides
 
     def _check(self, window: torch.Tensor, draws: Draws) -> None:
         expected = (len(draws), draws.blur.shape[1], *self.window_size)
@@ -348,12 +348,7 @@ def _stages(options: Options, patch_size: Sequence[int]) -> tuple[Stage, ...]:
             Stage("gibbs_ringing", ("gibbs_ringing_lines",), partial(gibbs_ringing, axis=axis, clip=clip), axis=axis)
             for axis in range(3)
         ),
-        Stage(
-            "low_resolution",
-            ("low_resolution_lengths",),
-            partial(low_resolution, clip=clip),
-            tables=("operators", "kept"),
-        ),
+        Stage("low_resolution", ("low_resolution_lengths",), low_resolution, tables=("operators", "kept")),
         Stage("bias_field", ("bias_field_centre",), partial(bias_field, mode=options.bias, clip=clip)),
         Stage("gamma", ("gamma_value", "gamma_inversion"), partial(gamma, clip=clip)),
     )

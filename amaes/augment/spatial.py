@@ -228,16 +228,14 @@ def resample(
         (B, C, P...).
     """
     if splines is None:
-        patch = sample_linear(window, offsets)  # never leaves the range
+        patch = sample_linear(window, offsets)
     else:
         patch = sample_cubic(spline_coefficients(window, splines), offsets)
-        if clip:
-            flat = window.flatten(1)
-            patch = torch.clamp(patch, *(bound.view(-1, 1, 1, 1, 1) for bound in (flat.amin(1), flat.amax(1))))
-    if not border:
-        return patch
-    value = window.flatten(1).amin(1).view(-1, 1, 1, 1, 1) if fill == "min" else float(fill)
-    return torch.where(outside(offsets, window.shape[2:]), value, patch)
+    low, high = (bound.view(-1, 1, 1, 1, 1) for bound in torch.aminmax(window.flatten(1), dim=1))
+    if border:
+        patch = torch.where(outside(offsets, window.shape[2:]), low if fill == "min" else float(fill), patch)
+    # Cubic splines overshoot; trilinear weights, rounded, add up to a little more than 1.
+    return torch.clamp(patch, low, high) if clip else patch
 
 
 def outside(offsets: torch.Tensor, window: Sequence[int]) -> torch.Tensor:

@@ -264,7 +264,8 @@ def _sample_gradients(x, y_grad, x_grad, statistics, divisor, norm_w, norm_b, w1
         d_gamma, d_beta = d_scale * g / divided, d_b2 @ w2
         d_ratio = d_scale * gamma
         d_divided = -(d_ratio * g).sum() / divided.square() / (hidden if divisor == "mean" else 1)
-        pull = ((d_ratio / divided + d_divided) / g.clamp_min(torch.finfo(wide).tiny)).to(x.dtype)  # d g = h / g
+        per_norm = (d_ratio / divided + d_divided) / g.clamp_min(torch.finfo(wide).tiny)  # d g = h / g
+        pull = torch.where(g > 0, per_norm, 0).to(x.dtype)  # a channel that is zero everywhere has no direction
         w_out = (w2 * scale).to(x.dtype)
         d_w2 = d_w2 * scale + torch.outer(d_b2, beta)
     d_z = mean.new_zeros(hidden)  # sum over rows of the gradient of the expanded rows

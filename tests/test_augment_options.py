@@ -1,0 +1,79 @@
+"""Every option changes what it says, in the pipeline as the training scripts call it; channels draw as published."""
+
+import numpy as np
+import pytest
+import torch
+
+from amaes.augment import FinetuneAugment, PretrainAugment
+
+PATCH = (16, 20, 12)
+
+
+def plateau(augment, channels=1, samples=8):
+    """Windows of 0 and 1 only, where overshoot shows."""
+    noise = torch.rand(samples, channels, *augment.window_size, generator=torch.Generator().manual_seed(0))
+    return (noise > 0.5).float()
+
+
+def run(samples=8, epoch=0, **options):
+    augment = PretrainAugment(PATCH, "all", seed=1, **options)
+    draws = augment.draw([epoch] * samples, list(range(samples)), 1)
+    return augment(plateau(augment, samples=samples), draws)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_plateaus_at_the_ends_of_the_range_are_not_exceeded(order):
+    for epoch in range(6):
+        for volume in run(epoch=epoch, order=order, rotation=1.0, scale=1.0):
+            assert volume.min() >= 0
+            assert volume.max() <= 1
+
+
+def test_low_resolution_does_not_overshoot_in_fine_tuning_either():
+    augment = FinetuneAugment(
+        PATCH, "all", seed=0, low_resolution=1.0, low_resolution_channel=1.0, gamma=0.0, bias_field=0.0
+    )
+    draws = augment.draw([0] * 8, list(range(8)), 1).only("low_resolution")
+    image, _ = augment(plateau(augment), torch.zeros(8, *augment.window_size, dtype=torch.uint8), draws)
+    assert image.min() >= 0
+    assert image.max() <= 1
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_memory_layout_does_not_depend_on_the_draw(axis):
+    augment = PretrainAugment(PATCH, "all", seed=0, ghosting=1.0)
+    draws = next(
+        d
+        for d in (augment.draw([epoch], [0], 1).only("ghosting") for epoch in range(50))
+        if d.ghosting_axis[0, 0] == axis
+    )
+    assert augment(plateau(augment, samples=1), draws)[0].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bias_field": 1.0, "bias": "exp"},
+        {"bias_field": 1.0, "clip": False},
+        {"elastic": 1.0, "elastic_alpha": (2000.0, 2000.0)},
+        {"rotation": 1.0, "fill": 0.5},
+        {"rotation": 1.0, "order": 3},
+        {"gamma": 1.0, "gamma_inversion": 1.0},
+    ],
+)
+def test_an_option_changes_the_result(change):
+    name = next(iter(change))
+    with_default = run(**{name: 1.0})
+    changed = run(**change)
+    assert any(not torch.equal(a, b) for a, b in zip(with_default, changed, strict=True))
+
+
+def test_draws_are_per_sample_or_per_channel_as_published():
+    augment = PretrainAugment(PATCH, "all", seed=0)
+    draws = augment.draw([0] * 500, list(range(500)), 2)
+    for name in ("blur_sigma", "gamma", "gamma_inversion"):
+        values = np.asarray(getattr(draws, name)).reshape(500, -1)
+        assert values.shape[1] == 1 or (values[:, 0] == values[:, 1]).all(), name
+    for name in ("additive_noise", "multiplicative_noise", "ghosting", "gibbs_ringing", "bias_field"):
+        values = np.asarray(getattr(draws, name))
+        assert (values[:, 0] != values[:, 1]).any(), name
