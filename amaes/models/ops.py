@@ -207,9 +207,8 @@ def _over_channels(g: torch.Tensor, divisor: str, dim: int) -> torch.Tensor:
 class _NormMLP(torch.autograd.Function):
     """`norm_mlp` on rows of channels, piece by piece, so that the hidden tensor never leaves the cache.
 
-    Per sample both norms are affine maps per channel, so they are folded into the matrices they stand before: neither a
-    normalised nor a response-normalised tensor is ever written. Only the input is kept; the backward pass computes the
-    hidden rows again. Gradients of the statistics come from the small products of gradient and input that the weights
+    Per sample both norms are affine maps per channel, so they are folded into the matrices they stand before: no
+    response-normalised tensor is written. Only the input is kept; the backward pass computes the hidden rows again. Gradients of the statistics come from the small products of gradient and input that the weights
     need anyway.
     """
 
