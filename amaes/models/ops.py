@@ -208,8 +208,8 @@ class _NormMLP(torch.autograd.Function):
     """`norm_mlp` on rows of channels, piece by piece, so that the hidden tensor never leaves the cache.
 
     Per sample both norms are affine maps per channel, so they are folded into the matrices they stand before: no
-    response-normalised tensor is written. Only the input is kept; the backward pass computes the hidden rows again. Gradients of the statistics come from the small products of gradient and input that the weights
-    need anyway.
+    response-normalised tensor is written. Only the input is kept; the backward pass computes the hidden rows again.
+    Gradients of the statistics come from the small products of gradient and input that the weights need anyway.
     """
 
     @staticmethod
