@@ -449,6 +449,7 @@ def _id(root: Path, path: Path) -> str:
 
 
 def stem_of(name: str) -> str:
+    """A file name without `.nii` or `.nii.gz`, in any capitals."""
     return re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
 
 

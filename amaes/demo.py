@@ -93,11 +93,13 @@ def run_step(command: list[str], log: Path, shown: bool) -> int:
 
 
 def say(text: str) -> None:
+    """Write a line to standard output at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()  # before a step writes to the same place
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run every step in order; the exit status of the first that fails."""
     args = parse_options(argv)
     for name in NEEDED:
         if not (SCRIPTS / name).is_file():

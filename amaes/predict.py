@@ -267,6 +267,7 @@ class Laps:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Predict every case that is found, list those that fail; the exit status."""
     args = parse_options(argv)
     model, meta = checkpoint.load_segmenter(args.weights, pick_device(args.device))
     collection = find_cases(args.images, meta["channels"], meta["preprocess"].get("missing_channel", "error"))

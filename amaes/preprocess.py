@@ -417,6 +417,7 @@ def available_cores() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Find the cases, write the store, say what became of each; the exit status."""
     from amaes import batch
     from amaes.collect import collect
 

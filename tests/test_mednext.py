@@ -236,3 +236,15 @@ def test_a_network_is_one_graph_and_compiles_to_the_same_numbers():
 def test_unknown_divisor_is_named():
     with pytest.raises(ValueError, match="grn 'max' is unknown; accepted: mean, sum, None"):
         ResponseNorm(4, "max")
+
+
+def test_a_hidden_channel_that_is_zero_everywhere_has_finite_gradients():
+    torch.manual_seed(0)
+    block = Block(4, 4, 2, grn="mean")
+    with torch.no_grad():
+        block.expand.bias[0] = -60.0  # GELU gives 0 for every voxel
+        block.grn.gamma.fill_(0.5)
+    x = torch.randn(1, 4, 5, 6, 7, requires_grad=True)
+    (1e3 * block(x).sum()).backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in block.parameters())

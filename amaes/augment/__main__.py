@@ -107,6 +107,7 @@ def draw_rows(
 
 
 def parameters(draws: Draws, name: str) -> str:
+    """What the transform `name` drew for the first sample, as a caption."""
     return draws.summary(0).removeprefix(name).strip(" ()")
 
 
@@ -149,6 +150,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Write the contact sheets of one scan; the exit status."""
     args = parse_options(argv)
     try:
         import matplotlib  # noqa: F401
