@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
@@ -24,10 +24,12 @@ import numpy as np
 from tqdm import tqdm
 
 from amaes.cli import EXIT_OK, EXIT_REJECTED
-from amaes.collect import STORE_FORMAT, Collection, Item
+from amaes.collect import Collection, Item
+from amaes.config import Config
 from amaes.files import locked, written_whole
+from amaes.index import case_files, class_names, prepare, remove_temporary, write_index
 from amaes.nifti import RejectedInput
-from amaes.preprocess import Case, Config, hinted, preprocess_case
+from amaes.preprocess import Case, hinted, preprocess_case
 
 FOREGROUND_SAMPLES = 10_000  # voxels remembered per class, to place patches on
 PROJECTION = 20  # cases after which disk and time are projected
@@ -45,7 +47,12 @@ class Outcome:
 
     @property
     def done(self) -> bool:
-        return self.row["status"] in ("ok", "skipped")
+        """The case is in the store."""
+        return self.row["status"] in ("ok", "skipped") and self.row["reason"] is None
+
+    @property
+    def bad(self) -> bool:
+        return self.row["status"] in ("rejected", "failed")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Result:
     outcomes: list[Outcome]
     notes: list[str]
     seconds: float
+    report: str = "report.jsonl"
 
     def count(self, status: str) -> int:
         return sum(outcome.row["status"] == status for outcome in self.outcomes)
@@ -70,9 +78,9 @@ class Result:
         """One screen of text."""
         counts = ", ".join(f"{self.count(status)} {status}" for status in STATUSES)
         lines = [f"{len(self.items)} inputs: {counts}, in {self.seconds:.0f} s"]
-        bad = [outcome.row for outcome in self.outcomes if not outcome.done]
-        for reason, number in Counter(row["reason"] for row in bad).most_common(12):
-            example = next(row for row in bad if row["reason"] == reason)
+        without = [outcome.row for outcome in self.outcomes if not outcome.done]
+        for reason, number in Counter(row["reason"] for row in without).most_common(12):
+            example = next(row for row in without if row["reason"] == reason)
             lines.append(f"  {number:6d} {reason}: {example['id']}: {example['message']}")
         warnings = []  # one of each kind per input
         for outcome in self.outcomes:
@@ -89,7 +97,9 @@ class Result:
         lines.append(
             f"{self.store}: {len(done)} cases of {len(subjects)} subjects ({shown}), {labelled} labelled, {size:.2f} GB"
         )
-        lines.append(f"one line per input in {self.store / 'report.jsonl'}")
+        if sources := Counter(item.subject.split("/")[0] for item, _ in done if "/" in item.subject):
+            lines.append("  of " + ", ".join(f"{name} {count}" for name, count in sorted(sources.items())))
+        lines.append(f"one line per input in {self.store / self.report}")
         return ("\n".join(lines) + "\n").encode(errors="backslashreplace").decode()  # names may be no valid text
 
 
@@ -102,6 +112,7 @@ def write_store(
     overwrite: bool = False,
     fail_fast: bool = False,
     progress: bool = False,
+    shard: tuple[int, int] | None = None,
 ) -> Result:
     """Preprocess every item into a store; what is done there already is kept.
 
@@ -113,9 +124,12 @@ def write_store(
         overwrite: redo cases that are done, and accept a store of other settings.
         fail_fast: stop at the first input that is rejected or fails.
         progress: a bar on stderr.
+        shard: (i, n): only the items i, i + n, i + 2n, ..., while other processes do the others; writes no index. The
+            same call without it then finds those cases done, does what is missing and writes the index.
 
     Raises:
-        ValueError: the folder is a store of other settings or not ours, or not one input could be used.
+        ValueError: the folder is a store of other settings or not ours or being written by others, or not one input
+            could be used.
         OSError: the disk is full; what was written is whole, and the same call continues.
     """
     store, began = Path(store), time.perf_counter()
@@ -123,27 +137,53 @@ def write_store(
         store.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{store}: cannot be made a folder ({error.strerror})") from error
-    with locked(store, "another process is writing this store"), _disk_full_explained(store):
-        notes = [*collection.notes, *_prepare(store, collection, config, overwrite)]
+    items, report = collection.items, "report.jsonl"
+    if shard is not None:
+        if overwrite:
+            raise ValueError("--shard and --overwrite exclude each other: a shard started again would redo its cases")
+        items, report = items[shard[0] :: shard[1]], f"report-shard-{shard[0]}-of-{shard[1]}.jsonl"
+    with _alone(store, shard), _disk_full_explained(store):
+        own = None if shard is None else items
+        notes = [*collection.notes, *prepare(store, collection, config, overwrite, own)]
         job = partial(_process, store=store, config=config, collection=_without_items(collection), redo=overwrite)
-        outcomes = _run(collection.items, job, workers, store, fail_fast, progress)
-        outcomes = [_earlier(outcome, item, job) for outcome, item in zip(outcomes, collection.items, strict=True)]
-        with written_whole(store / "report.jsonl") as file:
+        try:
+            outcomes = _run(items, job, workers, store / report, fail_fast, progress)
+        finally:
+            remove_temporary(store, own)
+        outcomes = [_earlier(outcome, item, job) for outcome, item in zip(outcomes, items, strict=True)]
+        with written_whole(store / report) as file:
             file.writelines(_line(outcome.row) for outcome in outcomes)
-        done = [(item, outcome) for item, outcome in zip(collection.items, outcomes, strict=True) if outcome.done]
-        if not done:
-            row = outcomes[0].row
-            raise ValueError(
-                f"none of {len(outcomes)} inputs could be used; the first: {row['reason']}: {row['message']}"
-            )
-        names = _class_names(
-            collection, config, [value for _, outcome in done for value in outcome.label_values], notes
-        )
-        raw = {value for _, outcome in done for value in outcome.raw_label_values}
-        _write_index(store, collection, config.with_values(raw), names, done)
-    result = Result(store, collection.items, outcomes, notes, time.perf_counter() - began)
-    assert len(collection.items) == len(outcomes) == sum(result.count(status) for status in STATUSES)
+        if shard is None:
+            _finish(store, collection, config, outcomes, notes)
+    result = Result(store, items, outcomes, notes, time.perf_counter() - began, report)
+    assert len(items) == len(outcomes) == sum(result.count(status) for status in STATUSES)
     return result
+
+
+@contextmanager
+def _alone(store: Path, shard: tuple[int, int] | None) -> Iterator[None]:
+    """Shards keep a whole run out, and each a second process for the same shard."""
+    if shard is None:
+        with locked(store, "another process is writing this store, or a shard of it"):
+            yield
+    else:
+        name = f".lock-shard-{shard[0]}-of-{shard[1]}"
+        with (
+            locked(store, "another process is writing this store as a whole", shared=True),
+            locked(store, f"another process is writing shard {shard[0]}/{shard[1]} of this store", name=name),
+        ):
+            yield
+
+
+def _finish(store: Path, collection: Collection, config: Config, outcomes: list[Outcome], notes: list[str]) -> None:
+    """Write the index; ValueError where nothing could be used."""
+    done = [(item, outcome) for item, outcome in zip(collection.items, outcomes, strict=True) if outcome.done]
+    if not done:
+        row = outcomes[0].row
+        raise ValueError(f"none of {len(outcomes)} inputs could be used; the first: {row['reason']}: {row['message']}")
+    names = class_names(collection, config, [value for _, outcome in done for value in outcome.label_values], notes)
+    raw = {value for _, outcome in done for value in outcome.raw_label_values}
+    write_index(store, collection, config.with_values(raw), names, done)
 
 
 # One case -------------------------------------------------------------------------------------------------------------
@@ -169,27 +209,27 @@ def _process(
             return _not_done(item, "not_run", "not run")
         else:
             options = {"case_id": item.id, "channels": collection.channels, "classes": list(collection.classes)}
-            case = preprocess_case(item.images, config, item.label, **options)
+            if item.volume is not None:
+                options |= {"volumes": item.volume[:1], "volumes_in_file": item.volume[1]}
+            case = preprocess_case(item.images, config, item.label, corpus_filter=item.corpus_filter, **options)
             properties = _save(store, item, case, np.dtype(config.dtype), stamps)
         row |= {"warnings": properties["warnings"], "shape": properties["shape"]}
         row["seconds"] = round(time.perf_counter() - began, 3)
-        files = [path for path in _files(store, item.id) if path.is_file()]
+        files = [path for path in case_files(store, item.id) if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         return Outcome(row, properties["label_values"], properties.get("raw_label_values", []), size)
     except RejectedInput as error:
         row |= {"status": "rejected", "reason": error.code, "message": hinted(error.code, str(error))}
+        if item.corpus_filter and error.code in ("corpus_filter", "bad_ndim", "too_small"):
+            row |= {"status": "skipped", "reason": "corpus_filter", "message": str(error)}
     except Exception as error:
         reason = "disk_full" if _is_disk_full(error) else f"unexpected:{type(error).__name__}"
         row |= {"status": "failed", "reason": reason, "message": " ".join(f"{item.id}: {error}".split())}
     return Outcome({**row, "seconds": round(time.perf_counter() - began, 3)})
 
 
-def _files(store: Path, name: str) -> tuple[Path, Path, Path]:
-    return tuple(store / "cases" / f"{name}{suffix}" for suffix in (".npy", "_label.npy", ".json"))
-
-
 def _stamps(item: Item) -> list[list | None]:
-    """[path, bytes, time of change in ns] of each file: a case is redone when one is another or was changed."""
+    """[path, bytes, time of change in ns] of each file, and which volume: a case is redone when one is another."""
     stamps: list[list | None] = []
     for path in (*item.images, item.label):
         try:
@@ -197,16 +237,18 @@ def _stamps(item: Item) -> list[list | None]:
         except OSError:  # preprocess_case says what is wrong with it
             stat = None
         stamps.append(None if stat is None else [os.path.normpath(path.absolute()), stat.st_size, stat.st_mtime_ns])
-    return stamps
+    return stamps if item.volume is None else [*stamps, list(item.volume)]
 
 
 def _finished(store: Path, item: Item, config: Config, channels: Sequence[str], stamps: list) -> dict | None:
     """The properties of a case that is whole and made from these files in this way, else None."""
-    image, label, record = _files(store, item.id)
+    image, label, record = case_files(store, item.id)
     try:
         properties = json.loads(record.read_text(encoding="utf-8"))
         expected = (config.hash(), list(channels), stamps)
         if (properties["config_hash"], properties["channels"], properties["source_stamps"]) != expected:
+            return None
+        if item.corpus_filter and not properties["corpus_filter"]:  # never looked at in this way
             return None
         shape = tuple(properties["shape"])
         stored = np.load(image, mmap_mode="r", allow_pickle=False)
@@ -220,7 +262,7 @@ def _finished(store: Path, item: Item, config: Config, channels: Sequence[str], 
 
 def _save(store: Path, item: Item, case: Case, dtype: np.dtype, stamps: list) -> dict:
     """Write the arrays, then the record that says they are whole; returns the record."""
-    image, label, record = _files(store, item.id)
+    image, label, record = case_files(store, item.id)
     record.unlink(missing_ok=True)
     foreground = {}
     if case.label is None:
@@ -236,6 +278,8 @@ def _save(store: Path, item: Item, case: Case, dtype: np.dtype, stamps: list) ->
         "sequence": item.sequence,
         "shape": list(case.image.shape[1:]),
         "foreground": foreground,
+        "channel_sha256": [hashlib.sha256(channel).hexdigest() for channel in case.image],  # of the float32, C order
+        "corpus_filter": item.corpus_filter,
         "source_stamps": stamps,
     }
     with written_whole(record, sync=False) as file:
@@ -269,28 +313,24 @@ def _foreground(label: np.ndarray) -> dict[str, list[int]]:
 
 
 def _run(
-    items: list[Item], job: Callable[[Item], Outcome], workers: int, store: Path, fail_fast: bool, progress: bool
+    items: list[Item], job: Callable[[Item], Outcome], workers: int, report: Path, fail_fast: bool, progress: bool
 ) -> list[Outcome]:
     """The outcomes in the order of the items; each line of the report is written as soon as its case ends."""
     done: dict[str, Outcome] = {}
     source = _in_processes(items, job, min(workers, len(items))) if workers else (job(item) for item in items)
     bar = tqdm(total=len(items), unit="case", file=sys.stderr, disable=None if progress else True)
-    try:
-        with (store / "report.jsonl").open("wb", buffering=0) as report, bar, closing(source):
-            for outcome in source:
-                if outcome.row["reason"] == "disk_full":
-                    raise OSError(errno.ENOSPC, outcome.row["message"])
-                done[outcome.row["id"]] = outcome
-                report.write(_line(outcome.row))
-                bar.update()
-                if progress and len(done) == PROJECTION < len(items):
-                    bar.write(
-                        _projection(done.values(), len(items), store, bar.format_dict["elapsed"]), file=sys.stderr
-                    )
-                if fail_fast and not outcome.done:
-                    break
-    finally:
-        _remove_temporary(store)
+    with report.open("wb", buffering=0) as lines, bar, closing(source):
+        for outcome in source:
+            if outcome.row["reason"] == "disk_full":
+                raise OSError(errno.ENOSPC, outcome.row["message"])
+            done[outcome.row["id"]] = outcome
+            lines.write(_line(outcome.row))
+            bar.update()
+            if progress and len(done) == PROJECTION < len(items):
+                text = _projection(done.values(), len(items), report.parent, bar.format_dict["elapsed"])
+                bar.write(text, file=sys.stderr)
+            if fail_fast and outcome.bad:
+                break
     return [done.get(item.id) or _not_done(item, "not_run", "not run: stopped by --fail-fast") for item in items]
 
 
@@ -385,78 +425,6 @@ def _projection(outcomes: Sequence[Outcome], total: int, store: Path, elapsed: f
     return f"projected: {size:.1f} GB in the store{free}; {elapsed / len(outcomes) * total / 60:.1f} min in all"
 
 
-# The store ------------------------------------------------------------------------------------------------------------
-
-
-def _prepare(store: Path, collection: Collection, config: Config, overwrite: bool) -> list[str]:
-    """Refuse a folder that is not ours or of other settings; remove what an ended run left half-done. Returns notes."""
-    index = store / "dataset.json"
-    if not index.is_file():
-        _remove_temporary(store)
-        return []
-    try:
-        old = json.loads(index.read_text(encoding="utf-8"))
-        ours, listed = old["format"] == STORE_FORMAT, {case["id"] for case in old["cases"]}
-        before = {**Config.from_dict(old["config"]).settings(), "channels": old["channels"]}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        ours = False
-    if not ours:
-        raise ValueError(f"{index}: not the index of a store ({STORE_FORMAT}); give another folder as --out")
-    _remove_temporary(store)
-    now = {**config.settings(), "channels": collection.channels}
-    differing = [name for name in now if before.get(name) != now[name]]
-    if differing and not overwrite:
-        text = "; ".join(f"{name} is {before.get(name)} there, {now[name]} here" for name in differing)
-        raise ValueError(f"{store}: made with other settings: {text}; give another --out, or --overwrite to redo it")
-    if overwrite:
-        index.unlink()
-    gone = sorted(listed - {item.id for item in collection.items})
-    if not gone:
-        return []
-    return [f"{len(gone)} cases of the store are not among these inputs and leave its index ({gone[0]}, ...)"]
-
-
-def _write_index(store: Path, collection: Collection, config: Config, names: dict[int, str], done: list) -> None:
-    cases = [
-        {
-            "id": item.id,
-            "subject": item.subject,
-            "session": item.session,
-            "sequence": item.sequence,
-            "labelled": item.label is not None,
-            "shape": outcome.row["shape"],
-        }
-        for item, outcome in done
-    ]
-    content = {
-        "format": STORE_FORMAT,
-        "config": config.as_dict(),
-        "config_hash": config.hash(),
-        "channels": collection.channels,
-        "labels": {str(value): name for value, name in names.items()},
-        "cases": cases,
-    }
-    with written_whole(store / "dataset.json") as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
-
-
-def _class_names(collection: Collection, config: Config, found: Sequence[int], notes: list[str]) -> dict[int, str]:
-    """Names of the stored label values: declared ones, after mapping, or those that occur; {} without labels."""
-    if not found:
-        return {}
-    names = {0: "background"}
-    for value, name in collection.classes.items():
-        names.setdefault(config.label_map.get(value, value), name)
-    for value in sorted(set(found)):
-        names.setdefault(value, f"label_{value}")
-    if collection.foreground_name is not None and set(names) == {0, 1}:
-        names[1] = collection.foreground_name
-    if max(names) != len(names) - 1:
-        values = " ".join(map(str, sorted(names)))
-        notes.append(f"label values {values} are not consecutive; --label-map OLD:NEW with --overwrite closes the gaps")
-    return dict(sorted(names.items()))
-
-
 def _without_items(collection: Collection) -> Collection:
     """What a worker needs of it."""
     return Collection([], collection.channels, collection.classes)
@@ -471,14 +439,6 @@ def _disk_full_explained(store: Path) -> Iterator[None]:
             raise
         text = "the disk is full; what was written is whole, free some space and run the same command again to go on"
         raise OSError(f"{store}: {text}") from error
-
-
-def _remove_temporary(store: Path) -> None:
-    """Half-written files of a store, and nothing else: the folder may hold more."""
-    ours = [path for name in ("dataset.json", "report.jsonl") for path in store.glob(f".{name}.*.tmp")]
-    for path in [*ours, *(store / "cases").rglob(".*.tmp")]:
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
-            path.unlink(missing_ok=True)
 
 
 def _line(row: dict) -> bytes:

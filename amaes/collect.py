@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,8 @@ class Item:
         label: the label file, or None.
         subject, session, sequence: read from the names; the sequence of single-channel cases only.
         problem: (reason code, message) of an item that must not be processed.
+        volume: (k, n): the case is volume k of a 4-D file of n; None: the whole file.
+        corpus_filter: only taken where the rules of the published corpus let it pass.
     """
 
     id: str
@@ -45,6 +47,8 @@ class Item:
     session: str | None = None
     sequence: str | None = None
     problem: tuple[str, str] | None = None
+    volume: tuple[int, int] | None = None
+    corpus_filter: bool = False
 
     @property
     def files(self) -> list[str]:
@@ -70,6 +74,17 @@ class Collection:
     notes: list[str] = field(default_factory=list)
     foreground_name: str | None = None
     unused: list[Path] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line: how many cases of what."""
+        subjects, labelled = (
+            len({item.subject for item in self.items}),
+            sum(item.label is not None for item in self.items),
+        )
+        counts = sorted(Counter(item.sequence or "UNKNOWN" for item in self.items).items())
+        what = ", ".join(f"{name} {count}" for name, count in counts)
+        what = what if len(self.channels) == 1 else f"channels {' '.join(self.channels)}"
+        return f"{len(self.items)} cases of {subjects} subjects, {labelled} labelled; {what}"
 
 
 class NoSuchChannels(ValueError):
@@ -407,9 +422,13 @@ def _described(item: Item, pattern: str | None, single: bool) -> Item:
     session = re.search(r"(?:^|[/_])(sess?-[A-Za-z0-9]+)", item.id)
     sequence = None
     if single:
-        stem = stem_of(item.images[0].name).lower()
-        sequence = next((name for name, rule in SEQUENCES if re.search(rule, stem)), None)
+        sequence = sequence_of(stem_of(item.images[0].name))
     return replace(item, subject=subject, session=session[1] if session else None, sequence=sequence)
+
+
+def sequence_of(text: str) -> str | None:
+    """The sequence that a file name or the description of a series speaks of; None where it names none."""
+    return next((name for name, rule in SEQUENCES if re.search(rule, text.lower())), None)
 
 
 def _matched_subject(pattern: str, name: str) -> str:

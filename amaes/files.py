@@ -26,7 +26,8 @@ def written_whole(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # a file of its own: what a link there points to is left alone
             yield file
             file.flush()
             if sync:
@@ -44,8 +45,14 @@ def written_whole(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def locked(folder: Path, message: str) -> Iterator[None]:
+def locked(folder: Path, message: str, *, name: str = ".lock", shared: bool = False) -> Iterator[None]:
     """Keep a second process out of a folder, where the file system knows locks.
+
+    Args:
+        folder: must exist.
+        message: what to tell the second.
+        name: of the lock's file; locks of different names do not concern each other.
+        shared: keep out only those that do not share.
 
     Raises:
         ValueError: another process is in it, with `message`.
@@ -55,9 +62,9 @@ def locked(folder: Path, message: str) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with (folder / ".lock").open("w") as file:
+    with (folder / name).open("a+") as file:  # network file systems want it readable to be shared
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: {message}") from None
         except OSError:  # no locks on this file system
@@ -90,3 +97,16 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: object) -> None:
     """Write `content` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: str | Path) -> object:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON; names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: nested thousands deep
+        raise ValueError(f"{path}: not JSON ({str(error)[:160]})") from None

@@ -14,6 +14,7 @@ from amaes.nifti import Header, RejectedInput
 NONFINITE_FRACTION = 0.001  # of the voxels, mended up to here
 SAME_CORNER = 1e-3  # mm, corners closer than this are the same
 INTEGER_TOLERANCE = 1e-3  # a label may differ from an integer by this
+CORPUS_MIN_AXIS = 15  # voxels; the published corpus holds no thinner volumes
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,17 @@ class Reading:
     options: Mapping  # of nifti.read
 
 
-def read_channels(images: Sequence[Path | None], count: int, how: Reading, warnings: list[str]) -> list[Channel | None]:
-    """One channel per file (None = missing), or `count` channels of one 4-D file; all on the first one's grid.
+def read_channels(
+    images: Sequence[Path | None], count: int, how: Reading, warnings: list[str], volumes: Sequence[int] | None = None
+) -> list[Channel | None]:
+    """One channel per file (None = missing), or those of one 4-D file of `count`; all on the first one's grid.
+
+    Args:
+        images: one file per channel, or one file.
+        count: volumes of the one file.
+        how: of reading.
+        warnings: gets what was repaired or assumed.
+        volumes: which of the one file, in this order; None = all.
 
     Raises:
         RejectedInput: any fault of a file, or a grid that differs.
@@ -54,7 +64,8 @@ def read_channels(images: Sequence[Path | None], count: int, how: Reading, warni
         warnings += header.warnings
         reference = reference or header
         aligned = _aligned(header, reference, "channel_geometry", how, warnings)
-        for part in [data] if data.ndim == 3 else np.moveaxis(data, 3, 0):
+        parts = [data] if data.ndim == 3 else np.moveaxis(data, 3, 0)
+        for part in parts if volumes is None else [parts[k] for k in volumes]:
             with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 is infinite, which is counted below
                 volume = np.array(part, dtype=np.float32, order="C")
             n_nonfinite = _mend(volume, path, warnings)
@@ -62,6 +73,20 @@ def read_channels(images: Sequence[Path | None], count: int, how: Reading, warni
                 volume = _onto(volume, header, reference, order=1, outside=float(volume.min()))
             channels.append(Channel(path, reference, volume, n_nonfinite))
     return channels
+
+
+def check_corpus(channel: Channel) -> None:
+    """What the published corpus takes of its four large sources: 15 voxels per axis or more, no negative value.
+
+    Raises:
+        RejectedInput: "corpus_filter", it would not be in there.
+    """
+    if min(channel.volume.shape) < CORPUS_MIN_AXIS:
+        found = " x ".join(map(str, channel.volume.shape))
+        text = f"expected at least {CORPUS_MIN_AXIS} voxels per axis, found {found}"
+        raise RejectedInput("corpus_filter", channel.path, text)
+    if (minimum := channel.volume.min()) < 0:
+        raise RejectedInput("corpus_filter", channel.path, f"expected no negative value, found {minimum:g}")
 
 
 def read_label(

@@ -24,6 +24,7 @@ from amaes.files import written_whole
 DATA_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 ORIENTATION_CODES = range(6)  # others say nothing, as 0 does
 MAX_AXIS, MAX_VOXELS = 4096, 1 << 30  # a header beyond these is taken for damage, not for a brain; 2^30 voxels = 4 GiB
+MAX_BEYOND = 1 << 24  # bytes before the data, or after them: room for extensions, no room for gzip bombs
 GZIP_RATIO = 1040  # deflate cannot expand by more than 1032
 MIN_SPACING, MAX_SPACING = 0.05, 20.0  # mm
 SPACING_TOLERANCE = 0.01  # fraction by which pixdim may differ from the affine's column norms
@@ -117,9 +118,10 @@ def read(
     with _opened(path) as stream:
         header = _parse_header(path, stream, channels, strict, assume_ras)
         data = _read_data(header, stream, path)
-        if verify:
-            while stream.read(1 << 20):
-                pass
+        if verify and len(stream.read(MAX_BEYOND + 1)) > MAX_BEYOND:  # to the end, where gzip has its checksum
+            raise RejectedInput(
+                "bad_header", path, f"expected its end after the data, found more than {MAX_BEYOND} bytes"
+            )
     data = data.reshape(header.shape, order="F")
     if header.slope is not None and (header.slope != 1 or header.intercept != 0):
         data = data.astype(np.float64) * header.slope + header.intercept
@@ -225,10 +227,9 @@ def _parse_header(path: Path, stream: BinaryIO, channels: int, strict: bool, ass
         raise RejectedInput("bad_header", path, f"expected real numbers, found data type {code} ({kind})")
     dtype = np.dtype(DATA_TYPES[code]).newbyteorder(raw.endianness)
     offset = float(raw["vox_offset"])
-    if not (raw.single_vox_offset <= offset <= 1 << 40):
-        raise RejectedInput(
-            "bad_header", path, f"expected data at byte {raw.single_vox_offset} or later, found {offset:g}"
-        )
+    if not (raw.single_vox_offset <= offset <= MAX_BEYOND):
+        limits = f"{raw.single_vox_offset} to {MAX_BEYOND}"
+        raise RejectedInput("bad_header", path, f"expected data at byte {limits}, found {offset:g}")
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     slope = slope if math.isfinite(slope) and slope != 0 else None
     if slope is not None and not math.isfinite(intercept):

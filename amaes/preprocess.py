@@ -1,6 +1,7 @@
 """From NIfTI files to arrays: turn to RAS, crop to the foreground, scale to [0, 1], resample to 1 mm.
 
     python -m amaes.preprocess --images DIR [--labels DIR] --out STORE
+    python -m amaes.preprocess --source NAME=DIR [--source NAME=DIR ...] --out STORE
 
 The order is that of the published pipeline (Munk et al. 2024, arXiv 2408.00640): crop, then intensities, then spacing.
 `preprocess_case` does one case and writes nothing; `amaes.batch` does a folder.
@@ -10,32 +11,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from amaes import normalize, resample
-from amaes.cli import Parser, non_negative_int, positive_float, positive_int, run
-from amaes.inputs import Channel, Reading, read_channels, read_label
+from amaes import normalize, quality, resample
+from amaes.cli import EXIT_OK, Parser, non_negative_int, positive_float, positive_int, run
+from amaes.collect import Collection, collect
+from amaes.config import CHOICES, FORMAT, Config
+from amaes.inputs import Channel, check_corpus, read_channels, read_label
 from amaes.nifti import Header, RejectedInput
+from amaes.source_tables import SOURCES
+from amaes.sources import CORPUS_FILTER, describe, find, gather, leave_out_test, source_name
 
-FORMAT = "amaes-preproc-1"
-CHOICES = {
-    "normalization": normalize.MODES,
-    "crop_from": ("union", "first"),
-    "label_resampling": ("nearest", "onehot_linear"),
-    "missing_channel": ("error", "zeros"),
-    "on_geometry_mismatch": ("reject", "resample"),
-    "dtype": ("float32", "float16"),
-}
 MAX_SIDE, MAX_VOXELS = 1024, 512**3  # voxels after resampling
 HINTS = {  # reason or warning: the option of this program that helps
     "singular_affine": "--assume-ras takes the stored axes as RAS",
@@ -51,93 +45,6 @@ HINTS = {  # reason or warning: the option of this program that helps
 def hinted(code: str, message: str) -> str:
     """The message of a reason or warning, with the option that helps."""
     return f"{message}; {HINTS[code]}" if code in HINTS else message
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything the arrays depend on, and `verify`.
-
-    Attributes:
-        spacing: voxel size of the arrays, mm.
-        normalization: "unit" = [0, 1], what networks here expect; "zscore"; "none".
-        crop_from: box around the foreground of all channels ("union") or of the first.
-        crop_extra_plane: one plane more at the upper end of each axis, as in the published pipeline.
-        label_resampling: "nearest" or "onehot_linear".
-        missing_channel: "error", or "zeros" in its place.
-        on_geometry_mismatch: "reject", or "resample" channels and label onto the grid of the first channel.
-        background_to_min: give the most frequent value the minimum where there are negative values.
-        strict_orientation: refuse files whose orientation codes are 0.
-        assume_ras: take stored axes as RAS where the affine is singular.
-        min_axis: fewest voxels of a stored axis.
-        verify: check the CRC of gzip files; not part of the hash, as it changes no array.
-        dtype: of the stored images.
-        label_map: old label value to new. A store also lists, as {1: 1}, values of its label files that others were
-            mapped onto; such entries are no part of the hash.
-    """
-
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    normalization: str = "unit"
-    crop_from: str = "union"
-    crop_extra_plane: bool = False
-    label_resampling: str = "nearest"
-    missing_channel: str = "error"
-    on_geometry_mismatch: str = "reject"
-    background_to_min: bool = False
-    strict_orientation: bool = False
-    assume_ras: bool = False
-    min_axis: int = 3
-    verify: bool = False
-    dtype: str = "float32"
-    label_map: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, accepted in CHOICES.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(accepted)}")
-        if len(self.spacing) != 3 or not all(0 < value < math.inf for value in self.spacing):
-            raise ValueError(f"spacing must be three lengths in mm above 0, found {self.spacing}")
-        if self.min_axis < 1:
-            raise ValueError(f"min_axis must be at least 1, found {self.min_axis}")
-        if not all(0 <= value <= 255 for value in self.label_map.values()):
-            raise ValueError(f"label_map must lead to values in 0..255, found {self.label_map}")
-
-    def as_dict(self) -> dict:
-        """Plain data, the same after a turn through JSON."""
-        plain = dataclasses.asdict(self)
-        labels = {str(old): new for old, new in sorted(self.label_map.items())}
-        return {**plain, "spacing": [float(value) for value in self.spacing], "label_map": labels}
-
-    @classmethod
-    def from_dict(cls, content: Mapping) -> Config:
-        """The inverse of `as_dict`; ValueError names an unknown field."""
-        if unknown := sorted(set(content) - {item.name for item in dataclasses.fields(cls)}):
-            raise ValueError(f"preprocessing configuration: unknown field {', '.join(unknown)}")
-        content = dict(content)
-        if "spacing" in content:
-            content["spacing"] = tuple(content["spacing"])
-        if "label_map" in content:
-            content["label_map"] = {int(old): int(new) for old, new in content["label_map"].items()}
-        return cls(**content)
-
-    def reading(self) -> Reading:
-        """The part that concerns reading."""
-        options = {"verify": self.verify, "strict": self.strict_orientation, "assume_ras": self.assume_ras}
-        return Reading(self.min_axis, self.on_geometry_mismatch, options)
-
-    def settings(self) -> dict:
-        """What arrays depend on, as plain data."""
-        changes = {str(old): new for old, new in sorted(self.label_map.items()) if old != new}
-        return {name: value for name, value in (self.as_dict() | {"label_map": changes}).items() if name != "verify"}
-
-    def with_values(self, raw: Iterable[int]) -> Config:
-        """The same, with those values of the label files listed that others are mapped onto."""
-        onto = {value: value for value in sorted(raw) if value in self.label_map.values()}
-        return dataclasses.replace(self, label_map={**onto, **self.label_map})
-
-    def hash(self) -> str:
-        """16 hexadecimal digits that differ where arrays may differ."""
-        text = json.dumps([FORMAT, self.settings()], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -164,6 +71,8 @@ def preprocess_case(
     channels: Sequence[str] = (),
     classes: Sequence[int] = (),
     volumes: Sequence[int] | None = None,
+    volumes_in_file: int | None = None,
+    corpus_filter: bool = False,
 ) -> Case:
     """Read, check, turn, crop, scale and resample one case.
 
@@ -176,6 +85,8 @@ def preprocess_case(
         channels: names; by default image, or channel_0, channel_1, ...
         classes: accepted label values, those of the file; empty = 0..255.
         volumes: which volume of a 4-D file each channel is; None = in the order of the channels.
+        volumes_in_file: how many a 4-D file has; None = one per channel.
+        corpus_filter: refuse what the published corpus does not take from its large sources, as "corpus_filter".
 
     Raises:
         RejectedInput: the case cannot be used; `code` is the reason.
@@ -183,8 +94,10 @@ def preprocess_case(
     names = list(channels) or (["image"] if len(images) == 1 else [f"channel_{k}" for k in range(len(images))])
     paths = [None if path is None else Path(path) for path in images]
     how, warnings = config.reading(), []
-    members = read_channels(_checked(paths, names, config), len(names), how, warnings)
-    members = members if volumes is None else [members[k] for k in volumes]
+    members = read_channels(_checked(paths, names, config), volumes_in_file or len(names), how, warnings, volumes)
+    for member in members if corpus_filter else ():
+        if member is not None:
+            check_corpus(member)
     first = next(member.header for member in members if member is not None)
     box = _crop_box(members, config)
     crop = tuple(slice(start, stop) for start, stop in box)
@@ -329,11 +242,50 @@ def _label_mapping(text: str) -> tuple[int, int]:
     return pair
 
 
-def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="python -m amaes.preprocess", description="Turn NIfTI files into arrays for training.")
+def _source(text: str) -> tuple[str, Path]:
+    """argparse type: NAME=DIR."""
+    name, separator, folder = text.partition("=")
+    try:
+        if not separator or not folder:
+            raise ValueError(f"{text!r} is not NAME=DIR")
+        return source_name(name), Path(folder)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """argparse type: I/N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, two whole numbers, I in 0..N-1")
+    return int(match[1]), int(match[2])
+
+
+def _add_input_options(parser: argparse.ArgumentParser) -> None:
+    """The groups input and output."""
     source = parser.add_argument_group("input")
+    which = source.add_mutually_exclusive_group(required=True)
+    which.add_argument("--images", type=Path, metavar="DIR", help="folder of .nii and .nii.gz files, searched in depth")
+    which.add_argument(
+        "--source",
+        action="append",
+        type=_source,
+        metavar="NAME=DIR",
+        help=f"a data set as it is distributed, each volume a case; may be repeated; NAME: {', '.join(SOURCES)}",
+    )
+    which.add_argument("--qc", type=Path, metavar="STORE", help="look at a store instead: statistics, outliers, sheets")
     source.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder of .nii and .nii.gz files, searched in depth"
+        "--hold-out",
+        nargs="+",
+        metavar="NAME",
+        help="sources whose published test cases are left out; the published corpus: brats21",
+    )
+    source.add_argument(
+        "--corpus-filter",
+        choices=CORPUS_FILTER,
+        default="auto",
+        help="skip volumes that are 4-D, thinner than 15 voxels or have negative values; auto: for adni, "
+        "oasis3, oasis4 and ppmi, as in the published corpus",
     )
     source.add_argument("--labels", type=Path, metavar="DIR", help="folder of labels named like the images")
     source.add_argument(
@@ -357,11 +309,21 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         "--label-map", nargs="+", type=_label_mapping, metavar="OLD:NEW", help="label values to replace"
     )
     out = parser.add_argument_group("output")
-    out.add_argument(
-        "--out", type=Path, required=True, metavar="STORE", help="folder to write; what is done there is kept"
-    )
+    out.add_argument("--out", type=Path, metavar="STORE", help="folder to write, kept; of --qc by default STORE/qc")
     out.add_argument("--overwrite", action="store_true", help="redo cases that are done, and accept other settings")
+    out.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="every Nth case from the Ith on, I = 0..N-1, for array jobs on one STORE; then run once without --shard",
+    )
+    out.add_argument("--dry-run", action="store_true", help="say what the cases are; open no image, write nothing")
     out.add_argument("--dtype", choices=CHOICES["dtype"], default="float32", help="of the images on disk")
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m amaes.preprocess", description="Turn NIfTI files into arrays for training.")
+    _add_input_options(parser)
     how = parser.add_argument_group("preprocessing")
     how.add_argument(
         "--spacing",
@@ -406,9 +368,15 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         "--workers", type=non_negative_int, default=available_cores(), help="processes, one core each; 0: this one"
     )
     argv = sys.argv[1:] if argv is None else argv
-    return parser.parse_args(
+    args = parser.parse_args(
         [f" {text}" if re.fullmatch(r"-\d+:\d+", text) else text for text in argv]
     )  # -1:0 is a value
+    if args.qc is None and args.out is None:
+        parser.error("the following arguments are required: --out")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if args.qc is not None and (others := [name for name in given if name not in ("qc", "out")]):
+        parser.error(f"--{others[0].replace('_', '-')}: does not go with --qc, which takes --out alone")
+    return args
 
 
 def available_cores() -> int:
@@ -416,12 +384,50 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _collection(args: argparse.Namespace) -> Collection:
+    """What the cases are: the one place that decides it. A dry run is told of them."""
+    if not args.source:
+        if args.hold_out:
+            raise ValueError(f"--hold-out {' '.join(args.hold_out)}: goes with --source")
+        collection = collect(
+            args.images,
+            args.labels,
+            channels=args.channels or (),
+            label_name=args.label_name,
+            subject=args.subject,
+            missing_channel=args.missing_channel,
+        )
+        if args.dry_run:
+            _tell("\n  note: ".join([f"{args.images}: {collection.summary()}", *collection.notes]) + "\n")
+        if args.corpus_filter == "on":
+            items = [dataclasses.replace(item, corpus_filter=True) for item in collection.items]
+            collection = dataclasses.replace(collection, items=items)
+        return collection
+    for option in ("labels", "label_name", "channels", "subject", "label_map", "missing_channel"):
+        if getattr(args, option) not in (None, "error"):
+            raise ValueError(f"--{option.replace('_', '-')}: goes with --images, a --source has no labels or channels")
+    found = [find(name, root) for name, root in args.source]
+    for name in args.hold_out or ():
+        leave_out_test(found, name)
+    if args.dry_run:
+        _tell(describe(found))
+    return gather(found, args.corpus_filter)
+
+
+def _tell(text: str) -> None:
+    """Print at once, before an error may; names of files may be no valid text."""
+    sys.stdout.write(text.encode(errors="backslashreplace").decode())
+    sys.stdout.flush()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Find the cases, write the store, say what became of each; the exit status."""
     from amaes import batch
-    from amaes.collect import collect
 
     args = parse_options(argv)
+    if args.qc is not None:
+        _tell(quality.report(args.qc, args.out, progress=True))
+        return EXIT_OK
     config = Config(
         label_map=dict(args.label_map or ()),
         spacing=tuple(args.spacing),
@@ -431,14 +437,9 @@ def main(argv: list[str] | None = None) -> int:
             if item.name not in ("label_map", "spacing")
         },
     )
-    collection = collect(  # the one place that decides what the cases are
-        args.images,
-        args.labels,
-        channels=args.channels or (),
-        label_name=args.label_name,
-        subject=args.subject,
-        missing_channel=args.missing_channel,
-    )
+    collection = _collection(args)
+    if args.dry_run:
+        return EXIT_OK
     result = batch.write_store(
         collection,
         args.out,
@@ -447,6 +448,7 @@ def main(argv: list[str] | None = None) -> int:
         overwrite=args.overwrite,
         fail_fast=args.fail_fast,
         progress=True,
+        shard=args.shard,
     )
     sys.stdout.write(result.summary())
     return result.status(args.allow_rejects)
