@@ -34,6 +34,7 @@ from amaes.preprocess import Config
 from amaes.rng import stream
 
 LABELS = {0: "background", 1: "lesion", 2: "ventricle"}
+DEMO = {"subjects": 12, "fov": 96.0}  # the heads of `make_demo_data`
 
 # Relative signal of each tissue, in the order of painting; from fluid on inside the skull. Lesions are bright on FLAIR
 # and T2w, dark against white matter on T1w. Fat, choroid plexus and pulsating fluid come close to them, so that a
@@ -417,8 +418,8 @@ def write_phantoms(
     Raises:
         ValueError: the folder holds something else.
     """
-    keys = ("subjects", "seed", "sequences", "labels", "fov", "first")
-    wanted = dict(zip(keys, (subjects, seed, list(sequences), labels, float(fov), first), strict=True))
+    wanted = {"subjects": subjects, "seed": seed, "sequences": list(sequences), "labels": labels, "fov": float(fov)}
+    wanted["first"] = first
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         record = folder / "dataset.json"
         if record.is_file() and json.loads(record.read_text()).get("phantoms") == wanted:
@@ -470,13 +471,12 @@ def _nifti(values: np.ndarray, affine: np.ndarray, scanner: Scanner) -> bytes:
     return gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
 
 
-DEMO = {"subjects": 12, "fov": 96.0}
-
-
-def make_demo_data(folder: Path) -> Path:
-    """The store that training on `demo` data uses, three scans of each of 12 heads: folder/store, made on first use."""
-    heads = write_phantoms(folder / "phantoms", **DEMO)
-    result = write_store(collect(heads / "images"), folder / "store", Config())
+def make_demo_data(folder: Path, labels: bool = False) -> Path:
+    """The store that training on `demo` data uses, three scans of each of 12 heads, in `folder`; made on first use."""
+    kind = "labelled-" if labels else ""
+    heads = write_phantoms(folder / f"{kind}phantoms", labels=labels, **DEMO)
+    found = collect(heads / "images", heads / "labels" if labels else None)
+    result = write_store(found, folder / f"{kind}store", Config())
     assert result.status() == 0, result.summary()
     return result.store
 
