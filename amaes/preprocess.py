@@ -309,7 +309,7 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         "--label-map", nargs="+", type=_label_mapping, metavar="OLD:NEW", help="label values to replace"
     )
     out = parser.add_argument_group("output")
-    out.add_argument("--out", type=Path, metavar="STORE", help="folder to write, kept; of --qc by default STORE/qc")
+    out.add_argument("--out", type=Path, metavar="STORE", help="folder to write; done cases are kept. --qc: STORE/qc")
     out.add_argument("--overwrite", action="store_true", help="redo cases that are done, and accept other settings")
     out.add_argument(
         "--shard",
