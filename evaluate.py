@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from amaes import checkpoint, cli, metrics, nifti, results
+from amaes import checkpoint, cli, metrics, nifti, paper, protocols, results
 from amaes.backend import use_bf16
 from amaes.data import Store
 from amaes.distributed import pick_device
@@ -28,6 +28,7 @@ from amaes.inputs import read_label
 from amaes.predict import add_inference_options, file_values, inference_options, reason
 from amaes.preprocess import Config
 
+IGNORED = 255  # class number of voxels that are left out of both maps
 DEFAULT_METRICS = ["dice", "hd95", "surface_dice", "volume_difference"]
 
 
@@ -56,8 +57,23 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         "--missing", choices=["error", "zero"], default="error",
         help="a case that cannot be predicted is left out of the means, or counts as empty; it is listed in any case",
     )  # fmt: skip
+    group = parser.add_argument_group("the paper's experiments")
+    group.add_argument("--paper", action="store_true", help="set the numbers beside the paper's, with what differs")
+    group.add_argument(
+        "--protocol", choices=list(protocols.EVALUATIONS), help="test on the cases of --data instead of the fold's own"
+    )
+    group.add_argument("--allow-incomplete", action="store_true", help="with --protocol: fewer cases than there are")
+    group.add_argument(
+        "--wmh-label2", choices=["ignore", "background"],
+        help="other pathology in label files of WMH: voxels left out of both maps, or background (default of runs with "
+        "--protocol wmh: ignore)",
+    )  # fmt: skip
     add_inference_options(parser.add_argument_group("prediction"))
     args = parser.parse_args(argv)
+    if args.protocol and args.data is None:
+        parser.error(f"--protocol {args.protocol}: needs --data, the store of its cases")
+    if args.allow_incomplete and not args.protocol:
+        parser.error("--allow-incomplete: accepted with --protocol")
     args.metrics = list(dict.fromkeys(["dice", *args.metrics]))
     return args
 
@@ -67,14 +83,19 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
 
     # What is missing shows before any work.
-    runs, complaints = [], []
+    runs, groups, complaints = [], {}, []
     for path in args.runs:
         folds, unfinished = find_folds(path)
         store = open_store(path, args.data)
+        if args.protocol is not None:
+            folds, groups = on_other_cases(path, folds, store, args)
+        ignored = ignored_label(path, args)
+        folds = [replace(fold, ignored=ignored) for fold in folds]
         check_cases(store, folds, args.space)
         runs.append((path, store, folds))
         complaints += unfinished
     check_classes(runs)
+    suffix = runs[0][2][0].suffix
 
     # Every run alone
     evaluated, text = [], []
@@ -89,8 +110,15 @@ def main(argv: list[str] | None = None) -> int:
             "labels": {str(value): name for value, name in store.labels.items()}, **results.summarise(scored),
         }  # fmt: skip
         text.append(results.run_tables(str(path), summary, summary["labels"], describe(summary)))
-        write_json(path / "summary.json", results.plain(summary))
-        write_text(path / "summary.md", text[-1])
+        if groups:
+            summary["groups"] = results.summarise_groups(scored, groups)
+            text[-1] += "\n" + results.group_table(summary["groups"])
+        if args.paper:
+            options = options_of(path)
+            summary["paper"] = paper.compare(options, summary, args.protocol, pretraining_of(options))
+            text[-1] += "\n" + paper.comparison_text(str(path), summary, summary["paper"])
+        write_json(path / f"summary{suffix}.json", results.plain(summary))
+        write_text(path / f"summary{suffix}.md", text[-1])
         evaluated.append((path, summary, scored))
 
     # The first against each of the others
@@ -126,7 +154,8 @@ def _evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: t
         "checkpoint": identity["sha256"], "store": store.fingerprint, "space": args.space, "overlap": args.overlap,
         "tta": args.tta, "precision": "bf16" if use_bf16(device, args.precision) else "fp32",
     }  # fmt: skip
-    space = SPACES[args.space](store, open_predictions(fold.folder, made_by, stamps(store, fold.test)))
+    folder = open_predictions(fold, made_by, stamps(store, fold.test))
+    space = SPACES[args.space](store, folder, fold.ignored)
     classes_of = regions(store, meta["build"]["num_classes"])
 
     def predicted(id: str, reference: Reference) -> np.ndarray:
@@ -155,6 +184,8 @@ def _evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: t
                     raise
                 failed[id] = reason(error)
                 prediction = np.zeros_like(reference.labels)
+            if reference.ignored is not None:
+                prediction[reference.ignored] = 0
             classes = metrics.measure_case(
                 prediction, reference.labels, meta["build"]["num_classes"], reference.spacing, args.metrics, args.empty,
                 regions=classes_of, tau=args.tau,
@@ -164,13 +195,16 @@ def _evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: t
             failed[id] = reason(error)
 
     means = results.fold_means(cases)
-    settings = {**made_by, "metrics": args.metrics, "tau": args.tau, "empty": args.empty, "missing": args.missing}
+    settings = {
+        **made_by, "metrics": args.metrics, "tau": args.tau, "empty": args.empty, "missing": args.missing,
+        "ignored_label": fold.ignored,
+    }  # fmt: skip
     content = {
         "format": "amaes-results-1", "fold": fold.number, "checkpoint": identity, "settings": settings,
         "config_hash": Config.from_dict(store.config).hash(), "dice": results.fold_score(means), "classes": means,
         "cases": cases, "failed": [{"id": id, "message": message} for id, message in failed.items()],
     }  # fmt: skip
-    write_json(fold.folder / "results.json", results.plain(content))
+    write_json(fold.folder / f"results{fold.suffix}.json", results.plain(content))
     return content
 
 
@@ -179,12 +213,19 @@ def _evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: t
 
 @dataclass(frozen=True)
 class Fold:
-    """RUN/fold<number>, trained to the end: its checkpoint and the ids it is tested on."""
+    """RUN/fold<number>, trained to the end: its checkpoint and the ids it is tested on.
+
+    Attributes:
+        suffix: of the names of what evaluation writes, where the cases are not the fold's own.
+        ignored: value of the label files whose voxels are left out of both maps.
+    """
 
     number: int
     folder: Path
     checkpoint: Path
     test: list[str]
+    suffix: str = ""
+    ignored: int | None = None
 
 
 def options_of(run: Path) -> dict:
@@ -218,6 +259,45 @@ def find_folds(run: Path) -> tuple[list[Fold], list[str]]:
         found = "; ".join(unfinished) or "no folder fold<k> there"
         raise ValueError(f"{run}: no finished fold ({found}); train_finetune.py makes them")
     return folds, unfinished
+
+
+def on_other_cases(
+    run: Path, folds: list[Fold], store: Store, args: argparse.Namespace
+) -> tuple[list[Fold], dict[str, list[str]]]:
+    """The folds, tested on the cases of --protocol; and the ids of its groups of cases."""
+    train = {id for fold in folds for id in json.loads((fold.folder / "config.json").read_text())["train"]}
+    trained = options_of(run).get("protocol")
+    ids, groups = protocols.evaluation_cases(store, args.protocol, trained, train, args.allow_incomplete)
+    return [replace(fold, test=ids, suffix=f"-{args.protocol}") for fold in folds], groups
+
+
+def ignored_label(run: Path, args: argparse.Namespace) -> int | None:
+    """The value of the label files of WMH to leave out.
+
+    Raises:
+        ValueError: --wmh-label2 for a run of something else, or labels that hold the value no more.
+    """
+    if options_of(run).get("protocol") != "wmh":
+        if args.wmh_label2 is not None:
+            raise ValueError(f"--wmh-label2 {args.wmh_label2}: {run} was not trained with --protocol wmh")
+        return None
+    if args.wmh_label2 == "background":
+        return None
+    if args.space != "native":
+        raise ValueError(
+            f"--space {args.space}: preprocessing made label 2 of WMH background, so that it cannot be left out; "
+            "accepted: --space native, or --wmh-label2 background"
+        )
+    return protocols.WMH_OTHER_PATHOLOGY
+
+
+def pretraining_of(options: dict) -> dict | None:
+    """The options of the pretraining run that the weights of a run are of, where the file is there and says so."""
+    path = Path(options["weights"])
+    if options["weights"] == "scratch" or not path.is_file():
+        return None
+    provenance = checkpoint.read(path).get("provenance")
+    return provenance.get("options") if isinstance(provenance, dict) else None
 
 
 def _is_sound(path: Path) -> bool:
@@ -292,9 +372,10 @@ def stamps(store: Store, ids: list[str]) -> dict[str, list]:
     return found
 
 
-def open_predictions(fold: Path, made_by: dict, cases: dict[str, list]) -> Path:
+def open_predictions(fold: Fold, made_by: dict, cases: dict[str, list]) -> Path:
     """The folder of predictions; those made by another checkpoint, in another way or from other arrays are deleted."""
-    folder = fold / ("predictions" if made_by["space"] == "native" else "predictions_store")
+    name = "predictions" if made_by["space"] == "native" else "predictions_store"
+    folder = fold.folder / f"{name}{fold.suffix}"
     record = folder / "made_by.json"
     try:
         before = json.loads(record.read_text())
@@ -315,20 +396,25 @@ def open_predictions(fold: Path, made_by: dict, cases: dict[str, list]) -> Path:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a prediction is measured against: class numbers (X, Y, Z) in RAS, spacing in mm."""
+    """What a prediction is measured against: class numbers (X, Y, Z) in RAS, spacing in mm; voxels to leave out."""
 
     labels: np.ndarray
     spacing: tuple[float, ...]
     warnings: list[str]
     header: nifti.Header | None = None
+    ignored: np.ndarray | None = None
 
 
 class NativeSpace:
-    """Predictions are NIfTI files on the grid of the scans; references are the label files as they are."""
+    """Predictions are NIfTI files on the grid of the scans; references are the label files as they are.
 
-    def __init__(self, store: Store, folder: Path) -> None:
+    Args:
+        ignored: value of the label files whose voxels are marked and made background.
+    """
+
+    def __init__(self, store: Store, folder: Path, ignored: int | None) -> None:
         config = Config.from_dict(store.config)
-        self._store, self._folder, self._label_map = store, folder, config.label_map
+        self._store, self._folder, self._label_map, self._ignored = store, folder, config.label_map, ignored
         self._reading = replace(config, on_geometry_mismatch="reject").reading()
 
     def path(self, id: str) -> Path:
@@ -341,8 +427,13 @@ class NativeSpace:
     def reference(self, id: str) -> Reference:
         path, warnings = Path(self._store.properties(id)["label_file"]), []
         header = nifti.read(path, **self._reading.options)[0]
-        labels, _ = read_label(path, header, (), self._label_map, self._reading, warnings)
-        return Reference(labels, header.ras_spacing, warnings, header)
+        label_map = self._label_map if self._ignored is None else {**self._label_map, self._ignored: IGNORED}
+        labels, _ = read_label(path, header, (), label_map, self._reading, warnings)
+        if self._ignored is None:
+            return Reference(labels, header.ras_spacing, warnings, header)
+        ignored = labels == IGNORED
+        labels[ignored] = 0
+        return Reference(labels, header.ras_spacing, warnings, header, ignored)
 
     def prediction(self, id: str, reference: Reference) -> np.ndarray:
         """Class numbers (X, Y, Z) in RAS; RejectedInput where the grid is not that of the label file."""
@@ -352,7 +443,8 @@ class NativeSpace:
 class StoreSpace:
     """Predictions are arrays on the grid of the store; references are its labels."""
 
-    def __init__(self, store: Store, folder: Path) -> None:
+    def __init__(self, store: Store, folder: Path, ignored: None) -> None:
+        assert ignored is None  # a store has classes, not the values of the files
         self._store, self._folder = store, folder
 
     def path(self, id: str) -> Path:
@@ -388,9 +480,11 @@ def describe(summary: dict) -> str:
     empty = "left out" if settings["empty"] == "nan" else "1"
     weights = ", ".join(f"{c['file']} ({c['sha256'][:8]})" for c in summary["checkpoints"])
     tta = ", 8 mirrorings" if settings["tta"] else ""
+    ignored = settings["ignored_label"]
+    left_out = "" if ignored is None else f" Voxels of label {ignored} in the label files are left out of both maps."
     return (
         f"{space} Store {summary['store']['id']}; weights {weights}; overlap {settings['overlap']:g}{tta}; "
-        f"a class that neither map has: {empty}."
+        f"a class that neither map has: {empty}.{left_out}"
     )
 
 

@@ -84,6 +84,22 @@ def summarise(folds: Sequence[Mapping]) -> dict:
     return {"folds": rows, "dice": mean_and_sd([row["dice"] for row in rows]), "classes": classes}
 
 
+def summarise_groups(folds: Sequence[Mapping], groups: Mapping[str, Iterable[str]]) -> dict[str, dict]:
+    """`summarise` of every group of cases: {name: {"n_cases", "dice": {"mean", "sd", "folds"}}}.
+
+    Args:
+        folds: each with "fold", "cases", "failed".
+        groups: name -> ids of its cases; n_cases is that of the fold with the fewest.
+    """
+    found = {}
+    for name, members in groups.items():
+        kept = set(members)
+        of_group = [{**fold, "cases": [case for case in fold["cases"] if case["id"] in kept]} for fold in folds]
+        n_cases = min(len(fold["cases"]) for fold in of_group)
+        found[name] = {"n_cases": n_cases, "dice": summarise(of_group)["dice"]}
+    return found
+
+
 def mean_and_sd(values: Sequence[float]) -> dict:
     """{"mean", "sd", "folds"}: sd with n - 1, NaN for fewer than two values; NaN among the values is left out."""
     valid = _valid(values)
@@ -186,9 +202,9 @@ def run_tables(title: str, summary: Mapping, names: Mapping[str, str], note: str
         [row["fold"], row["n_cases"], row["n_failed"], *_dice_cells(row["classes"], columns), _percent(row["dice"])]
         for row in summary["folds"]
     ]
-    total = [_spread(classes[name]["dice"], 100) if name in classes else "–" for name in columns]
-    rows.append(["mean ± sd", "", "", *total, f"**{_spread(summary['dice'], 100)}**"])
-    dice = _table(["fold", "cases", "failed", *heads, "pooled", "**Dice %**"], rows)
+    total = [spread(classes[name]["dice"], 100) if name in classes else "–" for name in columns]
+    rows.append(["mean ± sd", "", "", *total, f"**{spread(summary['dice'], 100)}**"])
+    dice = table(["fold", "cases", "failed", *heads, "pooled", "**Dice %**"], rows)
 
     every = []
     for name, row in classes.items():
@@ -196,14 +212,20 @@ def run_tables(title: str, summary: Mapping, names: Mapping[str, str], note: str
         for metric in (key for key, value in row.items() if isinstance(value, Mapping)):
             heading, scale = TITLES[metric]
             label = "pooled" if name == MICRO else names.get(name, name)
-            every.append([label, heading, _spread(row[metric], scale), row[metric]["n_valid"], *counts])
+            every.append([label, heading, spread(row[metric], scale), row[metric]["n_valid"], *counts])
     heads = ["class", "metric", "mean ± sd over folds", "n_valid", "n_empty", "missed", "false positives"]
     legend = (
         "Dice: mean over the foreground classes of their means over cases. Pooled: voxels of all foreground classes of "
         "a case counted together. sd: over folds, n - 1. n_empty: neither map has the class. A missed class has Dice 0 "
         "and, as distance, the diagonal of the image."
     )
-    return f"## Dice of {title}\n\n{note}\n\n{dice}\n\n{_table(heads, every)}\n\n{legend}\n"
+    return f"## Dice of {title}\n\n{note}\n\n{dice}\n\n{table(heads, every)}\n\n{legend}\n"
+
+
+def group_table(groups: Mapping[str, Mapping]) -> str:
+    """Markdown of `summarise_groups`."""
+    rows = [[name, row["n_cases"], spread(row["dice"], 100)] for name, row in groups.items()]
+    return f"{table(['cases of', 'cases', 'Dice %'], rows)}\n"
 
 
 def comparison_tables(
@@ -216,7 +238,7 @@ def comparison_tables(
         a, b = (scores.get(fold, NAN) for scores in of_fold)
         folds.append([fold, _percent(a), _percent(b), _signed(b - a)])
     means = [summary["dice"]["mean"] for summary in summaries]
-    spreads = [_spread(summary["dice"], 100) for summary in summaries]
+    spreads = [spread(summary["dice"], 100) for summary in summaries]
     folds.append(["mean ± sd", *spreads, f"**{_signed(means[1] - means[0])}**"])
     paired = [
         [
@@ -227,8 +249,8 @@ def comparison_tables(
     ]  # fmt: skip
     heads = ["class", "cases", "left out", *titles, "difference", "p"]
     return (
-        f"## Dice % of {titles[1]} against {titles[0]}\n\n{_table(['fold', *titles, 'difference'], folds)}\n\n"
-        f"Paired over the cases that both tested; p: two-sided Wilcoxon signed-rank test.\n\n{_table(heads, paired)}\n"
+        f"## Dice % of {titles[1]} against {titles[0]}\n\n{table(['fold', *titles, 'difference'], folds)}\n\n"
+        f"Paired over the cases that both tested; p: two-sided Wilcoxon signed-rank test.\n\n{table(heads, paired)}\n"
     )
 
 
@@ -244,13 +266,15 @@ def _signed(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:+.2f}"
 
 
-def _spread(row: Mapping, scale: float) -> str:
+def spread(row: Mapping, scale: float) -> str:
+    """Mean ± sd of a row {"mean", "sd"}, multiplied by `scale`; a dash where there is no mean."""
     if math.isnan(row["mean"]):
         return "–"
     sd = "" if math.isnan(row["sd"]) else f" ± {scale * row['sd']:.2f}"
     return f"{scale * row['mean']:.2f}{sd}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
