@@ -2,7 +2,7 @@
 
 A checkpoint holds tensors and plain data only, so that `torch.load(weights_only=True)` reads it:
 
-    format, task ("pretrain" or "segment"), model, optimizer, step,
+    format, task (of `amaes.models.TASKS`), model, optimizer, step,
     build (arguments that rebuild the network), preprocess, channels, labels, patch_size, provenance
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def latest(folder: Path) -> tuple[dict | None, Path | None, list[str]]:
 
 
 def load_segmenter(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
-    """The segmentation network of a fine-tuning checkpoint, in evaluation mode, and the rest of the checkpoint.
+    """The segmentation network of a checkpoint, in evaluation mode, and the rest of the checkpoint.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not a checkpoint of this library, or one of pretraining.
@@ -212,15 +213,16 @@ def _fitting(tensors: dict[str, torch.Tensor]) -> str:
 
 @dataclass
 class Transfer:
-    """What went where when an encoder took weights: names of tensors, and the share of the encoder's parameters."""
+    """What went where when a network took weights: names of tensors, and the share of the encoder's parameters."""
 
     source: str = ""  # what kind of file it was
     loaded: list[str] = field(default_factory=list)  # copied as they are
     adapted: list[str] = field(default_factory=list)  # of other input channels, or of a smaller kernel (UpKern)
     new: list[str] = field(default_factory=list)  # kept at their initial values
-    ignored: list[str] = field(default_factory=list)  # in the file, not in the encoder
+    ignored: list[str] = field(default_factory=list)  # in the file, not used
     notes: list[str] = field(default_factory=list)  # what the file does not tell
     coverage: float = 0.0  # parameters loaded or adapted / parameters of the encoder
+    decoder: str = "new"
 
     def table(self) -> str:
         """One line per kind with count and examples."""
@@ -230,51 +232,40 @@ class Transfer:
             examples = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
             lines.append(f"  {kind:8s} {len(names):4d} tensors  {examples}")
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join(
-            [*lines, f"  {100 * self.coverage:.1f} % of the encoder's parameters have weights from the file"]
-        )
+        share = f"{100 * self.coverage:.1f} % of the encoder's parameters have weights from the file"
+        return "\n".join([*lines, f"  {share}; the decoder is {self.decoder}"])
 
 
-def load_encoder(network: nn.Module, path: Path, stem: str = "repeat", allow_partial: bool = False) -> Transfer:
-    """Copy the encoder's weights from a file into `network.encoder`; decoder and head stay as they are.
+def load_encoder(
+    network: nn.Module, path: Path, stem: str = "repeat", allow_partial: bool = False, transfer: str = "encoder"
+) -> Transfer:
+    """Copy the encoder's weights from a file into `network.encoder`, and with `transfer` "all" also the decoder's.
 
     Depthwise kernels of a smaller side are enlarged (UpKern, arXiv 2303.09975, Sec. 2.3).
 
     Args:
-        network: has an attribute `encoder`.
+        network: has an attribute `encoder`, and for "all" `decoder`.
         path: one of our checkpoints or a published file (`import_weights`).
         stem: a first convolution of another number of input channels gets the file's, summed over its channels and
             divided by the new number ("repeat": equal channels give the old response), or is left "random".
         allow_partial: accept a file that gives less than 95 % of the encoder's parameters.
+        transfer: "encoder": the decoder stays as it is; "all": it takes the file's, which must be of the same kind;
+            heads stay where the file has none, or of another number of outputs.
 
     Raises:
-        ValueError: less than 95 % of the encoder's parameters found, or weights of another variant of the encoder
-            (nothing is changed then); or unknown `stem`.
+        ValueError: less than 95 % of the encoder's parameters found, weights of another variant of the encoder, or for
+            "all" no decoder or another kind of decoder (nothing is changed then); or unknown `stem` or `transfer`.
     """
-    if stem not in STEMS:
-        raise ValueError(f"stem {stem!r} is unknown; accepted: {', '.join(STEMS)}")
+    for option, value, accepted in (("stem", stem, STEMS), ("transfer", transfer, TRANSFERS)):
+        if value not in accepted:
+            raise ValueError(f"{option} {value!r} is unknown; accepted: {', '.join(accepted)}")
     imported = _import(Path(path))
     source = imported.tensors
     own = network.encoder.state_dict()
     first = next(name for name, tensor in own.items() if tensor.dim() == 5)
-    report, found = Transfer(imported.family), {}
+    report = Transfer(imported.family)
     report.notes = _check_variant(path, imported, network.encoder)
-    for name, tensor in own.items():
-        given = source.get(f"encoder.{name}")
-        if given is not None and given.shape == tensor.shape:
-            found[name] = given
-            report.loaded.append(name)
-        elif name == first and stem == "repeat" and given is not None and _same_but_channels(given, tensor):
-            found[name] = given.sum(dim=1, keepdim=True).expand_as(tensor) / tensor.shape[1]
-            report.adapted.append(name)
-        elif given is not None and name.endswith("depthwise.weight") and _smaller_kernel(given, tensor):
-            found[name] = grow_kernel(given, tensor.shape[-1])
-            report.adapted.append(name)
-        else:
-            report.new.append(name)
-    report.ignored = [
-        key for key in source if key.removeprefix("encoder.") not in found or not key.startswith("encoder.")
-    ]
+    found = _match(source, "encoder.", own, (first,) if stem == "repeat" else (), report)
     foreign = [key for key in source if key.startswith("encoder.") and key.removeprefix("encoder.") not in own]
     # Left new without asking: a first convolution (--stem random), and response norms, which begin as the identity.
     essential = [name for name in report.new if name != first and ".grn." not in name]
@@ -293,14 +284,80 @@ def load_encoder(network: nn.Module, path: Path, stem: str = "repeat", allow_par
         raise ValueError(
             f"{path}: holds another encoder: {'; '.join(parts)}; {_fitting(source)} (--allow-partial takes what fits)"
         )
-    if not all(tensor.isfinite().all() for tensor in found.values()):
+    decoder = _decoder_weights(path, source, network.decoder, stem, report) if transfer == "all" else {}
+    used = {f"encoder.{name}" for name in found} | {f"decoder.{name}" for name in decoder}
+    report.ignored = [key for key in source if key not in used]
+    if not all(tensor.isfinite().all() for tensor in (*found.values(), *decoder.values())):
         raise ValueError(f"{path}: holds weights that are not finite")
     if not next(network.encoder.parameters()).is_meta:  # on "meta" the question was whether the file fits
         network.encoder.load_state_dict(found, strict=False)
+        if decoder:
+            network.decoder.load_state_dict(decoder, strict=False)
     return report
 
 
+def _match(
+    source: dict[str, torch.Tensor],
+    prefix: str,
+    own: dict[str, torch.Tensor],
+    repeated: Sequence[str],
+    report: Transfer,
+) -> dict[str, torch.Tensor]:
+    """Weights of the file for a part of the network, by the part's names; the report says which are new.
+
+    Args:
+        source: weights of the file.
+        prefix: of the part's names in the file.
+        own: weights of the part.
+        repeated: names of convolutions of the image, which may take those of other input channels.
+        report: is added to.
+    """
+    found = {}
+    shown = "" if prefix == "encoder." else prefix
+    for name, tensor in own.items():
+        given = source.get(prefix + name)
+        if given is not None and given.shape == tensor.shape:
+            found[name] = given
+            report.loaded.append(shown + name)
+        elif name in repeated and given is not None and _same_but_channels(given, tensor):
+            found[name] = given.sum(dim=1, keepdim=True).expand_as(tensor) / tensor.shape[1]
+            report.adapted.append(shown + name)
+        elif given is not None and name.endswith("depthwise.weight") and _smaller_kernel(given, tensor):
+            found[name] = grow_kernel(given, tensor.shape[-1])
+            report.adapted.append(shown + name)
+        else:
+            report.new.append(shown + name)
+    return found
+
+
+def _decoder_weights(
+    path: Path, source: dict[str, torch.Tensor], decoder: nn.Module, stem: str, report: Transfer
+) -> dict[str, torch.Tensor]:
+    """The file's weights for a decoder of the same kind; heads of other outputs stay new."""
+    own = decoder.state_dict()
+    given = [key.removeprefix("decoder.") for key in source if key.startswith("decoder.")]
+    if not given:
+        raise ValueError(f"{path}: --transfer all: it ({report.source}) holds no decoder; take --transfer encoder")
+    of_image = [name for name in own if name.startswith("laterals.0.")]  # of SwinUNETR, which decodes the image, too
+    found = _match(source, "decoder.", own, of_image if stem == "repeat" else (), report)
+    strange = [name for name in given if name not in own and not name.startswith("heads.")]
+    missing = [
+        name for name in own if name not in found and name not in of_image and not re.match(r"heads\.|.*\.grn\.", name)
+    ]
+    if strange or missing:
+        parts = [f"{len(strange)} tensors of it have no place, e.g. decoder.{strange[0]}"] if strange else []
+        parts += [f"{len(missing)} of the network's do not fit or are not in it, e.g. {missing[0]}"] if missing else []
+        raise ValueError(
+            f"{path}: --transfer all: its decoder is of another kind: {'; '.join(parts)}; take the --decoder it was "
+            "trained with, or --transfer encoder"
+        )
+    new = len(own) - len(found)
+    report.decoder = f"but for {new} tensors the file's" if new else "the file's"
+    return found
+
+
 STEMS = ("repeat", "random")
+TRANSFERS = ("encoder", "all")
 
 
 def _check_variant(path: Path, imported: Imported, encoder: nn.Module) -> list[str]:

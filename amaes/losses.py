@@ -37,7 +37,28 @@ def reconstruction_loss(
 RECONSTRUCTION_MEANS = ("all", "masked", "masked-parity")
 
 
-def dice_ce_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
+    """Which of all other views shows the same volume (NT-Xent, arXiv 2002.05709, as in arXiv 2111.14791).
+
+    Of each of the 2 B views the cross-entropy of its partner among the 2 B - 1 others, by cosine similarity divided by
+    the temperature; the mean over all of them. With one volume there is nothing to choose from, and it is 0.
+
+    Args:
+        first, second: embeddings of two views of the same volumes, (B, E).
+        temperature: > 0.
+
+    Returns:
+        Scalar.
+    """
+    with torch.autocast(first.device.type, enabled=False):
+        z = F.normalize(torch.cat([first, second]).float(), dim=1)  # (2 B, E)
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        similarity = (z @ z.T / temperature).masked_fill(itself, float("-inf"))
+    partner = torch.arange(len(z), device=z.device).roll(len(first))
+    return F.cross_entropy(similarity, partner)
+
+
+def dice_ce_loss(logits: torch.Tensor, label: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
     """Cross-entropy plus soft Dice, weights 1 and 1 (arXiv 2408.00640, Sec. 4.2; background included, smoothing 1).
 
     Dice is per sample and class over space, `(2 TP + 1) / (2 TP + FP + FN + 1 + 1e-8)` on softmax probabilities; its
@@ -46,11 +67,16 @@ def dice_ce_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     Args:
         logits: (B, K, X, Y, Z).
         label: (B, X, Y, Z), integers in [0, K).
+        allowed: classes that a sample may hold, (B, K), bool; the others take no part in its softmax and its Dice, and
+            their logits get no gradient from it. None allows all.
 
     Returns:
         Scalar, at least -1.
     """
-    log_p = F.log_softmax(logits.float(), dim=1)
+    logits = logits.float()
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed[:, :, None, None, None], float("-inf"))
+    log_p = F.log_softmax(logits, dim=1)
     label = label.long()
     p = log_p.exp()
     one_hot = torch.zeros_like(p).scatter_(1, label[:, None], 1.0)  # (B, K, X, Y, Z)
@@ -58,21 +84,25 @@ def dice_ce_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     overlap = (p * one_hot).sum(space)  # TP, (B, K)
     total = p.sum(space) + one_hot.sum(space)  # 2 TP + FP + FN
     dice = (2 * overlap + 1) / (total + 1 + 1e-8)
-    return F.nll_loss(log_p, label) - dice.mean()
+    mean = dice.mean() if allowed is None else ((dice * allowed).sum(1) / allowed.sum(1)).mean()
+    return F.nll_loss(log_p, label) - mean
 
 
-def segmentation_loss(outputs: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor) -> torch.Tensor:
+def segmentation_loss(
+    outputs: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
     """`dice_ce_loss`, with deep supervision the mean over stages weighted 1, 1/2, 1/4, ... (finest first).
 
     Args:
         outputs: logits (B, K, X, Y, Z), or a list of them, finest first, each axis a whole fraction of the label's.
         label: (B, X, Y, Z), integers; brought to the size of coarser logits by taking every n-th voxel.
+        allowed: see `dice_ce_loss`.
     """
     if isinstance(outputs, torch.Tensor):
-        return dice_ce_loss(outputs, label)
+        return dice_ce_loss(outputs, label, allowed)
     weights = [0.5**i for i in range(len(outputs))]
     losses = []
     for logits in outputs:
         step = [full // side for full, side in zip(label.shape[1:], logits.shape[2:], strict=True)]
-        losses.append(dice_ce_loss(logits, label[:, :: step[0], :: step[1], :: step[2]]))
+        losses.append(dice_ce_loss(logits, label[:, :: step[0], :: step[1], :: step[2]], allowed))
     return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)

@@ -11,18 +11,20 @@ from torch import nn
 from amaes.models.decoder import LightDecoder, UNetDecoder
 from amaes.models.mednext import SIZES, MedNeXt, MedNeXtDecoder
 from amaes.models.ops import GRN_DIVISORS
+from amaes.models.swin_ssl import SwinHeads
 from amaes.models.swin_unetr import MERGING, SwinUNETR
+from amaes.models.swin_unetr import WIDTHS as SWIN_WIDTHS
 from amaes.models.unet import WIDTHS, UNet
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(UNet, width=width) for name, width in WIDTHS.items()},
     **{name: partial(MedNeXt, **size) for name, size in SIZES.items()},
-    "swin_unetr": partial(SwinUNETR, width=48),
+    **{name: partial(SwinUNETR, width=width) for name, width in SWIN_WIDTHS.items()},
 }
 
 # Options of encoders that keep every shape and change the mathematics: name -> (architectures, accepted values).
 ENCODER_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "merging": (("swin_unetr",), tuple(MERGING)),
+    "merging": (tuple(SWIN_WIDTHS), tuple(MERGING)),
     "grn": (tuple(name for name, size in SIZES.items() if "grn" in size), GRN_DIVISORS),
 }
 
@@ -32,7 +34,7 @@ SEGMENTATION_DECODERS: dict[str, Callable[..., nn.Module]] = {"unet": UNetDecode
 
 
 class Network(nn.Module):
-    """An encoder and a decoder that reads its features.
+    """An encoder and a decoder, or other heads, that reads its features.
 
     Raises:
         ValueError: the decoder was built for other channels; (forward) wrong number of channels, a side that is not a
@@ -60,7 +62,7 @@ class Network(nn.Module):
         parts = (self.encoder, self.decoder) if was_on else ()
         return [module for part in parts for name in names for module in getattr(part, name, ())]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]:
         if x.shape[1] != self.in_channels:
             raise ValueError(f"the network takes {self.in_channels} channels, got {x.shape[1]}")
         sides = tuple(x.shape[2:])
@@ -131,9 +133,33 @@ def build_segmenter(
     return Network(encoder, head, in_channels)
 
 
+def build_swin_ssl(
+    arch: str = "swin_unetr", in_channels: int = 1, reconstruction: str = "vae", **options: str
+) -> Network:
+    """Swin encoder and its self-supervised heads: (B, C, X, Y, Z) to logits (B, 4), embedding (B, 512), reconstruction.
+
+    Args:
+        arch: a Swin encoder of ARCHITECTURES.
+        in_channels: channels of image and reconstruction.
+        reconstruction: a key of `amaes.models.swin_ssl.RECONSTRUCTION_HEADS`.
+        options: see `build_encoder`.
+    """
+    if arch not in SWIN_WIDTHS:
+        raise ValueError(f"arch {arch!r}: these heads read a Swin encoder; accepted: {', '.join(SWIN_WIDTHS)}")
+    encoder = build_encoder(arch, in_channels, **options)
+    return Network(encoder, SwinHeads(encoder.channels, reconstruction), in_channels)
+
+
+TASKS: dict[str, Callable[..., Network]] = {
+    "pretrain": build_autoencoder,
+    "segment": build_segmenter,
+    "swin": build_swin_ssl,
+}
+
+
 def build_network(task: str, build: dict, checkpoint_activations: bool = False) -> Network:
-    """The network that a checkpoint describes: task "pretrain" or "segment", `build` the arguments of its builder."""
-    network = _pick({"pretrain": build_autoencoder, "segment": build_segmenter}, "task", task)(**build)
+    """The network that a checkpoint describes: `task` a key of TASKS, `build` the arguments of its builder."""
+    network = _pick(TASKS, "task", task)(**build)
     network.checkpoint_activations(checkpoint_activations)
     return network
 

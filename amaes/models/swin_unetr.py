@@ -15,6 +15,7 @@ from torch import nn
 from amaes.models.decoder import Decoder
 from amaes.models.stages import run_stage
 
+WIDTHS = {"swin_unetr": 48, "swin_tiny": 12}  # channels of the first stage; they double at each stage
 WINDOW = (7, 7, 7)  # tokens
 DEPTHS = (2, 2, 2, 2)
 HEADS = (3, 6, 12, 24)
