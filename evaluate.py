@@ -22,7 +22,7 @@ from amaes import checkpoint, cli, metrics, nifti, paper, protocols, results
 from amaes.backend import use_bf16
 from amaes.data import Store
 from amaes.distributed import pick_device
-from amaes.files import locked, sha256, write_json, write_text, written_whole
+from amaes.files import locked, read_json, sha256, write_json, write_text, written_whole
 from amaes.inference import argmax_labels, restore_labels, sliding_window
 from amaes.inputs import read_label
 from amaes.predict import add_inference_options, file_values, inference_options, reason
@@ -233,7 +233,11 @@ def options_of(run: Path) -> dict:
     path = run / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run}: not a run of train_finetune.py (no config.json there)")
-    return json.loads(path.read_text())["options"]
+    content = read_json(path)
+    options = content.get("options") if isinstance(content, dict) else None
+    if not isinstance(options, dict) or not {"steps", "data"} <= options.keys():
+        raise ValueError(f"{path}: not that of a run of train_finetune.py")
+    return options
 
 
 def find_folds(run: Path) -> tuple[list[Fold], list[str]]:

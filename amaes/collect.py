@@ -128,12 +128,12 @@ def collect(
     images, labels = _folders(Path(images), labels, label_name, for_network)
     root = images if images.is_dir() else images.parent
     notes: list[str] = []
-    found, unused = _nifti_files(images, "--images", skip=labels), []
+    found, unused = _nifti_files(images, "--images", notes, skip=labels), []
     if not for_network and (listed := _listed(declared, images)):
         if others := sorted(set(found) - set(listed)):
             notes.append(f"{len(others)} files are not in the training list of dataset.json: {_some(others)}")
         found = listed
-    label_files = {} if labels is None else _by_id(labels, _nifti_files(labels, "--labels"))
+    label_files = {} if labels is None else _by_id(labels, _nifti_files(labels, "--labels", notes))
     beside = [path for path in found if label_name is not None and channel_prefix(path, [label_name])]
     if label_name is not None and not beside:
         raise ValueError(_nothing("--label-name", root, f"{label_name}, *_{label_name} or *-{label_name}", found))
@@ -255,14 +255,17 @@ def _listed(declared: _Declaration, images: Path) -> list[Path]:
     return sorted({images / path.relative_to(here) for path in listed})
 
 
-def _nifti_files(folder: Path, option: str, skip: Path | None = None) -> list[Path]:
-    """Sorted NIfTI files below a folder, without hidden and resource files and without those below `skip`."""
+def _nifti_files(folder: Path, option: str, notes: list[str], skip: Path | None = None) -> list[Path]:
+    """Sorted NIfTI files below a folder, without hidden and resource files and without those below `skip`.
+
+    Folders that cannot be read go into `notes`; they are an error where nothing else is there.
+    """
     if folder.is_file():
         if not _is_nifti(folder.name):
             raise ValueError(f"{option} {folder}: expected a folder or a file named *.nii or *.nii.gz")
         return [folder]
-    seen, found, others = {folder.resolve()}, [], []
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    seen, found, others, unreadable = {folder.resolve()}, [], [], []
+    for parent, folders, files in os.walk(folder, onerror=unreadable.append, followlinks=True):
         keep = []
         for name in sorted(folders):
             target = (Path(parent) / name).resolve()
@@ -278,6 +281,12 @@ def _nifti_files(folder: Path, option: str, skip: Path | None = None) -> list[Pa
         visible = [Path(parent) / name for name in files if not name.startswith(".")]
         found += [path for path in visible if _is_nifti(path.name)]
         others += [path for path in visible if not _is_nifti(path.name)][:5]
+    if unreadable and not found:
+        raise unreadable[0]
+    if unreadable:
+        notes.append(
+            f"{len(unreadable)} folders cannot be read: {_some([str(error.filename) for error in unreadable])}"
+        )
     if not found:
         raise ValueError(_nothing(option, folder, "*.nii or *.nii.gz", others))
     return sorted(found)

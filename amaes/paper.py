@@ -125,6 +125,9 @@ _OPEN: tuple[tuple[tuple[str, ...], bool, str], ...] = (  # tasks, pretrained ru
 _SETTING = {
     "steps": 2500, "patch_size": [128, 128, 128], "deep_supervision": False, "foreground": 0.33, "augment_options": [],
 }  # fmt: skip
+# The same of pretraining, and of the masks of AMAES.
+_PRETRAINING = {"patch_size": [128, 128, 128], "augment_options": [], "warmup": 0.05}
+_MASKED = {"mask_ratio": 0.6, "token_size": 4, "loss_over": "all"}
 _EVALUATION = {"space": "native", "tta": False, "overlap": 0.5, "empty": "nan"}
 
 
@@ -152,19 +155,22 @@ def compare(
     obstacles = _obstacles(options, summary, task, pretrained)
     if not published:
         of = f"{options['arch']} with decoder {options['decoder']}, {'pretrained' if pretrained else 'from scratch'}"
+        if task == "brats21_cv" and pretrained and pretraining is None:
+            of += " in a way that the weights do not tell (file gone, or not written by train_pretrain.py)"
         obstacles.insert(0, f"the paper has no row for {of}, on {title(task)}")
-    if pretrained and task != "brats21_cv":
-        obstacles += _pretraining_obstacles(pretraining, options["arch"])
+    if pretrained and pretraining is not None:  # else the authors' own weights, say
+        obstacles += _pretraining_obstacles(pretraining, options["arch"], ablation=task == "brats21_cv")
     notes = [text for tasks, only_pretrained, text in _OPEN if task in tasks and (pretrained or not only_pretrained)]
     if pretrained:
         notes.append(
-            f"Weights: {options['weights']}. The paper's are of 100 epochs on BRAINS-45K; of these, only what the file "
-            "says of its options was compared."
+            f"Weights: {options['weights']}. The paper's are of 100 epochs on BRAINS-45K; "
+            + ("of these, only what the file says of its options was compared." if pretraining else NOT_TOLD)
         )
     rows = [_against(summary["dice"], *entry) for entry in published]
     return {"task": task, "rows": rows, "obstacles": obstacles, "notes": notes}
 
 
+NOT_TOLD = "what these are was NOT checked: the file is gone or does not say how it was made."
 NO_PROTOCOL = (
     "the run was made without --protocol, so neither its cases nor its folds are those of an experiment of the paper"
 )
@@ -227,24 +233,27 @@ def _obstacles(options: Mapping, summary: Mapping, task: str, pretrained: bool) 
     return found
 
 
-def _pretraining_obstacles(pretraining: Mapping | None, arch: str) -> list[str]:
-    """What the pretraining of a row of Table 4 was not."""
-    if pretraining is None:  # the authors' own weights, say
-        return []
+def _pretraining_obstacles(pretraining: Mapping, arch: str, ablation: bool) -> list[str]:
+    """What the pretraining of a row was not; `ablation`: of Tables 2 and 3, which decoder and augmentation choose."""
     found = []
     swin, objective = arch.startswith("swin"), pretraining.get("objective")
     if swin != (objective == "swin") or objective == "supervised":
         wanted = "SwinUNETR's own losses" if swin else "masked reconstruction"
         found.append(f"pretrained with --objective {objective}, the paper's {arch} with {wanted}")
-    elif not swin and _pretrained_how(pretraining) != ("light", False, "all"):
+    elif not swin and not ablation and _pretrained_how(pretraining) != ("light", False, "all"):
         decoder, skips, augment = _pretrained_how(pretraining)
         how = f"decoder {decoder}, {'with' if skips else 'no'} skip connections, augmentation {augment}"
         found.append(f"pretrained with {how}; the paper's has decoder light, no skip connections, augmentation all")
     if pretraining.get("steps") or pretraining.get("epochs") != 100:
         length = f"{pretraining['steps']} steps" if pretraining.get("steps") else f"{pretraining.get('epochs')} epochs"
         found.append(f"pretrained for {length}, the paper's for 100 epochs")
-    if pretraining.get("data") == "demo":
+    if pretraining.get("data") in ("demo", ["demo"]):
         found.append("pretrained on synthetic heads")
+    preset = pretraining.get("preset", "appendix_r1")
+    expected = _PRETRAINING | hyperparameters(preset, "pretrain", arch) | (_MASKED if objective == "amaes" else {})
+    for name, value in expected.items():
+        if name in pretraining and pretraining[name] != value:
+            found.append(f"pretrained with --{name.replace('_', '-')} {pretraining[name]}, the paper has {value}")
     return found
 
 

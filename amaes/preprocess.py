@@ -23,12 +23,21 @@ import numpy as np
 
 from amaes import normalize, quality, resample
 from amaes.cli import EXIT_OK, Parser, non_negative_int, positive_float, positive_int, run
-from amaes.collect import Collection, collect
+from amaes.collect import SEQUENCES, Collection, collect
 from amaes.config import CHOICES, FORMAT, Config
 from amaes.inputs import Channel, check_corpus, read_channels, read_label
 from amaes.nifti import Header, RejectedInput
 from amaes.source_tables import SOURCES
-from amaes.sources import CORPUS_FILTER, describe, find, gather, leave_out_test, source_name
+from amaes.sources import (
+    CORPUS_FILTER,
+    describe,
+    find,
+    gather,
+    leave_out_test,
+    source_name,
+    take_labels,
+    take_sequences,
+)
 
 MAX_SIDE, MAX_VOXELS = 1024, 512**3  # voxels after resampling
 HINTS = {  # reason or warning: the option of this program that helps
@@ -248,7 +257,7 @@ def _source(text: str) -> tuple[str, Path]:
     try:
         if not separator or not folder:
             raise ValueError(f"{text!r} is not NAME=DIR")
-        return source_name(name), Path(folder)
+        return source_name(name), Path(folder).expanduser()  # shells leave a ~ after "=" as it is
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -279,6 +288,19 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="sources whose published test cases are left out; the published corpus: brats21",
+    )
+    source.add_argument(
+        "--sequence",
+        nargs="+",
+        choices=[name for name, _ in SEQUENCES],
+        metavar="NAME",
+        help="only these of a --source: " + ", ".join(name for name, _ in SEQUENCES),
+    )
+    source.add_argument(
+        "--with-labels",
+        action="store_true",
+        help="of a --source: the label of its case goes with every volume, with the label map of its task; for "
+        + ", ".join(name for name, entry in SOURCES.items() if entry.labels),
     )
     source.add_argument(
         "--corpus-filter",
@@ -373,6 +395,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     )  # -1:0 is a value
     if args.qc is None and args.out is None:
         parser.error("the following arguments are required: --out")
+    if args.shard is not None and args.overwrite:
+        parser.error("--shard and --overwrite exclude each other: a shard started again would redo its cases")
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.qc is not None and (others := [name for name in given if name not in ("qc", "out")]):
         parser.error(f"--{others[0].replace('_', '-')}: does not go with --qc, which takes --out alone")
@@ -384,11 +408,13 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _collection(args: argparse.Namespace) -> Collection:
-    """What the cases are: the one place that decides it. A dry run is told of them."""
+def _collection(args: argparse.Namespace) -> tuple[Collection, dict[int, int]]:
+    """What the cases are, and the label map: the one place that decides it. A dry run is told of them."""
     if not args.source:
-        if args.hold_out:
-            raise ValueError(f"--hold-out {' '.join(args.hold_out)}: goes with --source")
+        for option in ("hold_out", "sequence", "with_labels"):
+            if value := getattr(args, option):
+                values = "" if value is True else f" {' '.join(value)}"
+                raise ValueError(f"--{option.replace('_', '-')}{values}: goes with --source")
         collection = collect(
             args.images,
             args.labels,
@@ -402,16 +428,20 @@ def _collection(args: argparse.Namespace) -> Collection:
         if args.corpus_filter == "on":
             items = [dataclasses.replace(item, corpus_filter=True) for item in collection.items]
             collection = dataclasses.replace(collection, items=items)
-        return collection
+        return collection, dict(args.label_map or ())
     for option in ("labels", "label_name", "channels", "subject", "label_map", "missing_channel"):
         if getattr(args, option) not in (None, "error"):
-            raise ValueError(f"--{option.replace('_', '-')}: goes with --images, a --source has no labels or channels")
+            given = f"--{option.replace('_', '-')}"
+            raise ValueError(f"{given}: goes with --images; a --source has one channel, its labels: --with-labels")
     found = [find(name, root) for name, root in args.source]
     for name in args.hold_out or ():
         leave_out_test(found, name)
+    if args.sequence:
+        take_sequences(found, args.sequence)
+    label_map = take_labels(found) if args.with_labels else {}
     if args.dry_run:
         _tell(describe(found))
-    return gather(found, args.corpus_filter)
+    return gather(found, args.corpus_filter), label_map
 
 
 def _tell(text: str) -> None:
@@ -428,8 +458,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.qc is not None:
         _tell(quality.report(args.qc, args.out, progress=True))
         return EXIT_OK
+    collection, label_map = _collection(args)
     config = Config(
-        label_map=dict(args.label_map or ()),
+        label_map=label_map,
         spacing=tuple(args.spacing),
         **{
             item.name: getattr(args, item.name)
@@ -437,7 +468,6 @@ def main(argv: list[str] | None = None) -> int:
             if item.name not in ("label_map", "spacing")
         },
     )
-    collection = _collection(args)
     if args.dry_run:
         return EXIT_OK
     result = batch.write_store(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,9 +18,7 @@ from amaes.sources import hold_out
 from amaes.store import Case, Store
 
 FOLDS, TRAIN_CASES = 6, 20  # networks of every experiment, and the labelled cases that each is trained on
-COMMAND = (
-    "python -m amaes.preprocess --images TASK --channels {channel} --label-name {label_name}{label_map} --out STORE"
-)
+COMMAND = "python -m amaes.preprocess --source {source}=DIR --sequence {channel} --with-labels --out STORE"
 
 
 @dataclass(frozen=True)
@@ -29,10 +27,9 @@ class Protocol:
 
     Attributes:
         title: as the paper's tables have it.
+        source: key of SOURCES, which has the label map: values of the label files that become others.
         channel: the only channel of a case.
         classes: outputs of the network, background included.
-        label_map: values of the label files that become others.
-        label_name: what label files are called beside the images.
         cases: labelled cases of the release.
         seed: of the hold-out; None: no case is held out.
         tests_held_out: every fold is tested on the held-out cases; else on the pool without its own training cases.
@@ -42,22 +39,24 @@ class Protocol:
     """
 
     title: str
+    source: str
     channel: str
     classes: int
-    label_name: str
     cases: int
     pattern: str
     form: str
     example: str
-    label_map: Mapping[int, int] = field(default_factory=dict)
     seed: int | None = None
     tests_held_out: bool = False
 
     @property
+    def label_map(self) -> Mapping[int, int]:
+        return SOURCES[self.source].label_map
+
+    @property
     def command(self) -> str:
-        """How the store of this task is written; TASK: a folder per case with image and label."""
-        label_map = f" --label-map {_pairs(self.label_map)}" if self.label_map else ""
-        return COMMAND.format(channel=self.channel, label_name=self.label_name, label_map=label_map)
+        """How the store of this task is written; DIR: the release."""
+        return COMMAND.format(source=self.source, channel=self.channel)
 
     def name_in(self, texts: Iterable[str]) -> str | None:
         """The name of a case, from the first of some texts that holds one; the last of several in a text."""
@@ -72,24 +71,23 @@ def _pairs(label_map: Mapping[int, int]) -> str:
     return " ".join(f"{old}:{new}" for old, new in label_map.items()) or "none"
 
 
-def _held_out(source: str) -> dict:
-    return dict(zip(("seed", "cases"), SOURCES[source].held_out, strict=True))
+def _released(source: str) -> dict:
+    return {"source": source, **dict(zip(("seed", "cases"), SOURCES[source].held_out, strict=True))}
 
 
 _BRATS21 = {
-    "title": "BraTS21", "channel": "FLAIR", "classes": 4, "label_name": "seg", "label_map": {4: 3},
-    "pattern": r"brats2021_(\d{5})", "form": "BraTS2021_{}", "example": "BraTS2021_00000",
-    **_held_out("brats21"),
+    "title": "BraTS21", "channel": "FLAIR", "classes": 4, **_released("brats21"),
+    "pattern": r"brats2021_(\d{5})(?!\d)", "form": "BraTS2021_{}", "example": "BraTS2021_00000",
 }  # fmt: skip
 PROTOCOLS = {
     "brats21": Protocol(**_BRATS21, tests_held_out=True),  # Table 4: the 313 held-out cases
     "brats21_cv": Protocol(**_BRATS21),  # Tables 2 and 3: the same training cases, tested on the rest of the pool
     "isles22": Protocol(
-        title="ISLES22", channel="DWI", classes=2, label_name="msk", **_held_out("isles22"),
-        pattern=r"strokecase(\d{4})", form="sub-strokecase{}", example="sub-strokecase0001",
+        title="ISLES22", channel="DWI", classes=2, **_released("isles22"),
+        pattern=r"strokecase(\d{4})(?!\d)", form="sub-strokecase{}", example="sub-strokecase0001",
     ),
     "wmh": Protocol(  # scanner and number; the folder of the Philips scanner has digits of its own
-        title="WMH", channel="FLAIR", classes=2, label_name="wmh", label_map={2: 0}, cases=60,
+        title="WMH", source="wmh", channel="FLAIR", classes=2, cases=60,
         pattern=r"(utrecht|singapore|ge3t|ge1t5|philips)(?:[ _.-]*vu[ _.-]*petmr[ _.-]*01)?[^0-9]*(\d+)",
         form="{}_{:0>3}", example="Utrecht_11",
     ),
@@ -150,7 +148,7 @@ def check_store(store: Store, key: str) -> None:
     if found:
         raise ValueError(
             f"{store.path} is not for protocol {key}: {'; '.join(found)}; write it with: {protocol.command} "
-            "(TASK: a folder per case with image and label, see docs/reproduce.md)"
+            "(DIR: the release, see docs/reproduce.md)"
         )
 
 

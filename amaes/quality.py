@@ -276,7 +276,7 @@ def draw(store: Store, rows: Sequence[dict], found: Sequence[dict], out: Path, p
         for page in range(count):
             part = chosen[page * PER_PAGE : (page + 1) * PER_PAGE]
             title = f"{source}: {len(chosen)} of {len(members)} images, sheet {page + 1} of {count}"
-            name = re.sub(r"[^A-Za-z0-9_+-]+", "-", source)
+            name = re.sub(r"[^\w+-]+", "-", source)
             pages.append((out / f"sheet-{name}-{page + 1}.png", title, part))
     for path, title, part in _bar(pages, "sheets", progress):
         _save_sheet(path, title, store, part, reasons)

@@ -5,7 +5,8 @@ A table per source (Munk et al. 2024, arXiv 2408.00640, Table 1); `amaes.sources
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Source:
         keep, drop: descriptions to take, and not to.
         sequences: (name, expression) of this source, tried before those of `amaes.collect`.
         volumes: sequences of the volumes of a 4-D file; empty: files are 3-D.
+        labels: expressions for the end of the path of a label file, with the groups of its case's subject and visit;
+            empty: not known here.
+        label_map: values of the label files that become others.
         corpus_filter: the published corpus takes only what `amaes.inputs.check_corpus` lets pass.
         published: subjects, visits and volumes in Table 1; None: not there.
         listed: sequences in Table 1.
@@ -37,6 +41,8 @@ class Source:
     drop: str = "(?!)"  # never matches
     sequences: tuple[tuple[str, str], ...] = ()
     volumes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    label_map: Mapping[int, int] = field(default_factory=dict)
     corpus_filter: bool = False
     published: tuple[int, int, int] | None = None
     listed: str = ""
@@ -49,6 +55,16 @@ class Source:
 
 ENTITIES = r"(?P<entities>(?:_[a-z0-9]+-[^_/]+)*)"  # _acq-TSE_run-01 of BIDS names
 MINIP = ("minip", r"minip")  # a projection of a susceptibility-weighted scan
+
+
+def _wmh(file: str) -> tuple[str, ...]:
+    """A file of a case of WMH: as released since 2022, in older downloads, and below the folder of a site."""
+    subject = rf"(?P<subject>(?!pre/)[^/]+)/{file}"
+    return (
+        rf"(?:training|test)/(?P<site>[^/]+)/(?:(?P<scanner>[^/]+)/)?{subject}",
+        rf"(?P<site>[^/]+)/(?:Train|Test)(?:_(?P<scanner>[^/]+))?/{subject}",
+        rf"(?P<site>Utrecht|Singapore|Amsterdam)/(?:(?P<scanner>[^/]+)/)?(?=\d+/){subject}",
+    )
 
 
 def _oasis(number: int, **table) -> Source:
@@ -123,6 +139,8 @@ SOURCES: dict[str, Source] = {
             r"(?P<subject>BraTS2021_\d+)_(?P<sequence>flair|t1ce|t1|t2)",
         ),
         excluded=(("label", r"_seg$"), ("other_part", r"(?:^|/)[^/]*(?:validation|(?<![a-z])test)[^/]*/")),
+        labels=(r"(?P<subject>BraTS2021_\d+)_seg",),
+        label_map={4: 3},
         published=(938, 938, 3752),
         listed="T1, T2, FLAIR, T1ce",
         held_out=(4215532, 1251),
@@ -136,6 +154,7 @@ SOURCES: dict[str, Source] = {
             r"(?P<subject>sub-strokecase\d+)_(?P<visit>ses-\d+)_(?P<sequence>flair|dwi|adc)",
         ),
         excluded=(("label", r"(?:^|/)(?:\w+_)?derivatives/|_msk$"),),
+        labels=(r"(?P<subject>sub-strokecase\d+)_(?P<visit>ses-\d+)_msk",),
         published=(250, 250, 750),
         listed="DWI, FLAIR, ADC",
         held_out=(859032, 250),
@@ -143,16 +162,14 @@ SOURCES: dict[str, Source] = {
     ),
     "wmh": Source(
         dataset="WMH",
-        layouts=(
-            r"(?:training|test)/(?P<site>[^/]+)/(?:(?P<scanner>[^/]+)/)?(?P<subject>[^/]+)/pre/(?P<sequence>FLAIR|T1)",
-            r"(?P<site>[^/]+)/(?:Train|Test)(?:_(?P<scanner>[^/]+))?/(?P<subject>[^/]+)/pre/(?P<sequence>FLAIR|T1)",
-            r"(?P<site>Utrecht|Singapore|Amsterdam)/(?:(?P<scanner>[^/]+)/)?(?P<subject>\d+)/pre/(?P<sequence>FLAIR|T1)",
-        ),
+        layouts=_wmh("pre/(?P<sequence>FLAIR|T1)"),
         excluded=(
             ("label", r"(?:^|/)wmh$|(?:^|/)additional_annotations/"),
             ("other_part", r"(?:^|/)test(?:_[^/]*)?/"),
             ("not_preprocessed", r"(?:^|/)orig/"),
         ),
+        labels=_wmh("(?:pre/)?wmh"),
+        label_map={2: 0},  # other pathology
         published=(60, 60, 120),
         listed="T1, FLAIR",
         remark="the 60 training images are evaluated on in cross-validation, and 90 of the 110 test images come from "

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -36,6 +38,7 @@ class Found:
         excluded: reason to paths.
         unmatched: NIfTI files that fit no layout.
         dicom: files that must be converted first.
+        labels: label files of a case, by its subject and visit in small letters.
     """
 
     name: str
@@ -44,10 +47,21 @@ class Found:
     excluded: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     unmatched: list[str] = field(default_factory=list)
     dicom: list[str] = field(default_factory=list)
+    labels: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def source(self) -> Source:
         return SOURCES[self.name]
+
+    @cached_property
+    def folder(self) -> str:
+        """The name of the folder as it was given, wherever a link leads."""
+        return Path(os.path.normpath(self.root.absolute())).name
+
+    @cached_property
+    def dataset(self) -> str:
+        """The first part of the ids."""
+        return self.source.dataset or _plain(self.folder)
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -80,11 +94,10 @@ def find(name: str, root: str | Path) -> Found:
     found = Found(source_name(name), Path(root))
     if not found.root.is_dir():
         raise FileNotFoundError(f"--source {name}={root}: no such folder")
-    folder = Path(os.path.normpath(found.root.absolute())).name  # by the name given, wherever a link leads
-    layouts = [re.compile(f"(?:.*/)?{layout}", re.IGNORECASE) for layout in found.source.layouts]
+    layouts, labels = map(_compiled, (found.source.layouts, found.source.labels))
     excluded = [(reason, re.compile(rule, re.IGNORECASE)) for reason, rule in found.source.excluded]
-    looks = DICOM_LOOKS
-    for path in _walk(found.root):
+    looks, unreadable = DICOM_LOOKS, []
+    for path in _walk(found.root, unreadable):
         stem = stem_of(path)
         if stem == path:
             extension = PurePosixPath(path).suffix.lower()
@@ -93,32 +106,62 @@ def find(name: str, root: str | Path) -> Found:
                 found.dicom.append(path)
             continue
         reason = next((reason for reason, rule in excluded if rule.search(stem)), None)
-        match = None if reason else next(filter(None, (rule.fullmatch(f"{folder}/{stem}") for rule in layouts)), None)
-        if match is not None:
+        rules = {None: layouts, "label": labels}.get(reason, ())
+        match = next(filter(None, (rule.fullmatch(f"{found.folder}/{stem}") for rule in rules)), None)
+        if reason == "label" and match is not None:
+            subject, visit = _case(found.dataset, match.groupdict())
+            found.labels[subject.lower(), visit.lower()].append(path)
+        elif match is not None:
             reason = _left_out(found.source, match.groupdict())
         if reason is not None:
             found.excluded[reason].append(path)
         elif match is None:
             found.unmatched.append(path)
         else:
-            found.items += _items(found.source, folder, match.groupdict(), found.root / path)
+            found.items += _items(found, match.groupdict(), found.root / path)
+    if unreadable:
+        found.excluded["unreadable"] = unreadable
     return found
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Files below a folder, relative and with "/", sorted within each folder; hidden and resource files left out."""
-    pending, seen = [""], set()
-    while pending:
-        folder = pending.pop()
-        state = (root / folder).stat()
-        if (state.st_dev, state.st_ino) in seen:  # links in a circle are walked once
+def _compiled(rules: Sequence[str]) -> list[re.Pattern]:
+    return [re.compile(f"(?:.*/)?{rule}", re.IGNORECASE) for rule in rules]
+
+
+def _walk(root: Path, unreadable: list[str]) -> Iterator[str]:
+    """Files below a folder, relative and with "/", sorted within each folder; hidden and resource files left out.
+
+    A folder that links lead to as well is walked under its own name, which rules may leave out. Folders below it that
+    cannot be read, such as lost+found of a disk, go into `unreadable`.
+    """
+    pending, links, seen = [""], deque(), set()
+    while pending or links:
+        folder = pending.pop() if pending else links.popleft()
+        try:
+            state = (root / folder).stat()
+            if (state.st_dev, state.st_ino) in seen:  # links in a circle are walked once
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            with os.scandir(root / folder) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError:
+            if not folder:
+                raise
+            unreadable.append(folder)
             continue
-        seen.add((state.st_dev, state.st_ino))
-        with os.scandir(root / folder) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
         entries = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
-        yield from (folder + entry.name for entry in entries if not entry.is_dir())
-        pending += [f"{folder}{entry.name}/" for entry in reversed(entries) if entry.is_dir()]
+        folders = [entry for entry in entries if _is_folder(entry)]
+        links += [f"{folder}{entry.name}/" for entry in folders if entry.is_symlink()]
+        pending += [f"{folder}{entry.name}/" for entry in reversed(folders) if not entry.is_symlink()]
+        inner = {entry.name for entry in folders}
+        yield from (folder + entry.name for entry in entries if entry.name not in inner)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_dicom(root: str | Path, path: str) -> bool:
@@ -134,11 +177,15 @@ def _left_out(source: Source, groups: Mapping) -> str | None:
     return "description" if re.search(source.drop, description) or not re.search(source.keep, description) else None
 
 
-def _items(source: Source, folder: str, groups: Mapping, path: Path) -> list[Item]:
-    """The volumes of one file: one, or those of a 4-D file."""
-    dataset = source.dataset or _plain(folder)
+def _case(dataset: str, groups: Mapping) -> tuple[str, str]:
+    """Subject and visit."""
     subject = "_".join(_plain(groups[name]) for name in ("site", "scanner", "subject") if groups.get(name))
-    visit = groups.get("visit") or "ses-1"
+    return f"{dataset}/{subject}", _plain(groups.get("visit") or "ses-1")
+
+
+def _items(found: Found, groups: Mapping, path: Path) -> list[Item]:
+    """The volumes of one file: one, or those of a 4-D file."""
+    source, (subject, visit) = found.source, _case(found.dataset, groups)
     text = groups.get("sequence") or groups.get("suffix") or groups.get("description")
     runs = [groups.get("run"), *(groups.get("entities") or "").split("_")]
     if text is None:
@@ -148,7 +195,6 @@ def _items(source: Source, folder: str, groups: Mapping, path: Path) -> list[Ite
         names = (next(own, None) or sequence_of(text) or "UNKNOWN",)
         if (suffix := groups.get("suffix")) and suffix.lower() not in (names[0].lower(), f"{names[0]}w".lower()):
             runs.append(suffix)  # T1map and T1w are both T1
-    subject, visit = f"{dataset}/{subject}", _plain(visit)
     run = "".join(f"-{_plain(run)}" for run in runs if run)
     return [
         Item(
@@ -164,8 +210,8 @@ def _items(source: Source, folder: str, groups: Mapping, path: Path) -> list[Ite
 
 
 def _plain(text: str) -> str:
-    """A part of an id: folder names may hold blanks, dots and more."""
-    return re.sub(r"[^A-Za-z0-9_+-]+", "-", text).strip("-") or "-"
+    """A part of an id: folder names may hold blanks, dots and more; letters of any alphabet stay."""
+    return re.sub(r"[^\w+-]+", "-", text).strip("-") or "-"
 
 
 # Choosing -------------------------------------------------------------------------------------------------------------
@@ -209,15 +255,55 @@ def leave_out_test(found: Sequence[Found], name: str) -> None:
     parts = [part for part in found if part.name == name]
     if not parts:
         raise ValueError(f"--hold-out {name}: no --source {name}=DIR is given")
-    subjects = {item.subject for part in parts for item in part.items}
+    subjects = {item.subject.lower() for part in parts for item in part.items}  # sorted as if written in one way
     if len(subjects) != expected:
         text = f"the published split is a permutation of all {expected} cases, found {len(subjects)}"
         raise ValueError(f"--hold-out {name}: {text}")
     test = set(hold_out(list(subjects), seed)[1])
     for part in parts:
-        held = [item for item in part.items if item.subject in test]
-        part.items = [item for item in part.items if item.subject not in test]
-        part.excluded["hold_out"] += [item.images[0].relative_to(part.root).as_posix() for item in held]
+        _leave_out(part, "hold_out", lambda item: item.subject.lower() in test)
+
+
+def take_sequences(found: Sequence[Found], names: Sequence[str]) -> None:
+    """Move volumes of other sequences from the items to `excluded["sequence"]`."""
+    for part in found:
+        _leave_out(part, "sequence", lambda item: item.sequence not in names)
+
+
+def _leave_out(part: Found, reason: str, unwanted: Callable[[Item], bool]) -> None:
+    left = [item for item in part.items if unwanted(item)]
+    part.items = [item for item in part.items if not unwanted(item)]
+    part.excluded[reason] += [item.images[0].relative_to(part.root).as_posix() for item in left]
+
+
+def take_labels(found: Sequence[Found]) -> dict[int, int]:
+    """Give every volume the label of its case; a volume without one cannot be used.
+
+    Returns:
+        The label map of the release.
+
+    Raises:
+        ValueError: a source whose labels are not known here, sources of different labels, or two labels of one case.
+    """
+    known = [name for name, source in SOURCES.items() if source.labels]
+    names = list(dict.fromkeys(part.name for part in found))
+    if len(names) > 1 or names[0] not in known:
+        raise ValueError(f"--with-labels: expected one of {', '.join(known)}, found {' and '.join(names)}")
+    for part in found:
+        part.items = [_labelled(part, item) for item in part.items]
+        used = {item.label for item in part.items}
+        part.excluded["label"] = [path for path in part.excluded["label"] if part.root / path not in used]
+    return dict(SOURCES[names[0]].label_map)
+
+
+def _labelled(part: Found, item: Item) -> Item:
+    paths = part.labels.get((item.subject.lower(), item.session.lower()), [])
+    if not paths:
+        text = f"{item.id}: expected the label of {item.subject} below {part.root}, found none"
+        return replace(item, problem=("missing_label", text))
+    if len(paths) > 1:
+        raise ValueError(f"id_collision: {paths[0]} and {paths[1]} in {part.root} are both the label of {item.subject}")
+    return replace(item, label=part.root / paths[0])
 
 
 def gather(found: Sequence[Found], corpus_filter: str = "auto") -> Collection:
@@ -228,8 +314,10 @@ def gather(found: Sequence[Found], corpus_filter: str = "auto") -> Collection:
         corpus_filter: "auto" as each source says, "on", "off".
 
     Raises:
-        ValueError: nothing was found, or two files have one id.
+        ValueError: nothing was found, two files have one id, two sources take one file, or two folders that name the
+            data set have one name.
     """
+    _check_apart(found)
     items = []
     for part in found:
         chosen = part.source.corpus_filter if corpus_filter == "auto" else corpus_filter == "on"
@@ -241,6 +329,26 @@ def gather(found: Sequence[Found], corpus_filter: str = "auto") -> Collection:
         raise ValueError(f"id_collision: {len(same)} ids come from two files: {shown}")
     told = [note for part in found for note in notes(part)]
     return Collection(sorted(items, key=lambda item: item.id), ["image"], notes=told)
+
+
+def _check_apart(found: Sequence[Found]) -> None:
+    """Refuse sources that overlap, and data sets whose subjects would become one."""
+    taken: dict[tuple[int, int], tuple[Found, Path]] = {}
+    datasets: dict[str, Found] = {}
+    for part in found:
+        other = datasets.setdefault(part.dataset.lower(), part)
+        for path in {item.images[0]: None for item in part.items} if len(found) > 1 else ():
+            with suppress(OSError):  # preprocessing says what is wrong with it
+                state = path.stat()
+                first, same = taken.setdefault((state.st_dev, state.st_ino), (part, path))
+                if first is not part:
+                    given = f"--source {first.name}={first.root} and --source {part.name}={part.root}"
+                    raise ValueError(f"{given} both take one file, {same} and {path}; give each folder once")
+        if other is not part and not (part.source.dataset and other.source.dataset):
+            given = f"--source {other.name}={other.root} and --source {part.name}={part.root}"
+            raise ValueError(
+                f"{given}: ids of both would begin with {part.dataset!r}; give one by a link of another name"
+            )
 
 
 def duplicates(found: Sequence[Found]) -> list[tuple[str, Path, Path]]:
@@ -261,16 +369,20 @@ def duplicates(found: Sequence[Found]) -> list[tuple[str, Path, Path]]:
 def notes(found: Found) -> list[str]:
     """What the user should know of one source, one line each."""
     told = []
-    for reason, paths in found.excluded.items():
+    for reason, paths in ((reason, paths) for reason, paths in found.excluded.items() if paths):
         where = "; give its folder as DIR to take it" if reason == "other_part" else ""
         told.append(f"{found.name}: {len(paths)} volumes or files left out, {reason} ({_some(paths)}){where}")
     if found.unmatched:
         told.append(f"{found.name}: {len(found.unmatched)} NIfTI files match no rule ({_some(found.unmatched)})")
-    elif not found.items and not found.excluded:
+    elif not found.items and not any(found.excluded.values()):
         told.append(f"{found.name}: no .nii or .nii.gz file in {found.root}")
     if found.dicom:
         told.append(f"{found.name}: DICOM files ({_some(found.dicom)}): convert them first, with dcm2niix for one")
-    if found.source.corpus_is_pool and "hold_out" not in found.excluded and found.items:
+    labelled = sum(item.label is not None for item in found.items)  # of a task, to which its test cases belong
+    without = sum(item.problem is not None for item in found.items)
+    if labelled or without:
+        told.append(f"{found.name}: {labelled} volumes have a label, {without} have none and will be rejected")
+    if found.source.corpus_is_pool and "hold_out" not in found.excluded and found.items and not labelled:
         told.append(f"{found.name}: {_hold_out_note(found)}")
     if found.source.remark and found.items:
         told.append(f"{found.name}: {found.source.remark}")

@@ -277,8 +277,8 @@ def test_the_documented_commands_of_the_ablations_pretrain_for_their_rows(monkey
 
 
 def test_the_documented_stores_are_those_of_the_protocols():
-    folders = {"brats21": '"$BRATS21"', "isles22": "tasks/isles22", "wmh": "tasks/wmh_training"}
+    folders = {"brats21": '"$BRATS21"', "isles22": '"$ISLES"', "wmh": '"$WMH/training"'}
     for key, folder in folders.items():
-        assert PROTOCOLS[key].command.replace("TASK", folder).replace("STORE", f"stores/{key}") in DOCS
-    test = PROTOCOLS["wmh"].command.replace("TASK", "tasks/wmh_test").replace("STORE", "stores/wmh_ood")
+        assert PROTOCOLS[key].command.replace("DIR", folder).replace("STORE", f"stores/{key}") in DOCS
+    test = PROTOCOLS["wmh"].command.replace("DIR", '"$WMH/test"').replace("STORE", "stores/wmh_ood")
     assert test in DOCS

@@ -193,7 +193,7 @@ def test_a_store_preprocessed_otherwise_is_refused_with_the_command(tmp_path, ch
     store = brats(tmp_path / "store", BRATS[:3], **changed)
     with pytest.raises(ValueError, match=message) as error:
         check_store(store, "brats21")
-    command = "python -m amaes.preprocess --images TASK --channels FLAIR --label-name seg --label-map 4:3 --out STORE"
+    command = "python -m amaes.preprocess --source brats21=DIR --sequence FLAIR --with-labels --out STORE"
     assert command in str(error.value)
 
 
@@ -442,52 +442,6 @@ def test_a_protocol_trains_and_is_recorded(tmp_path):
     assert fold["train"] == [ids[i] for i in sorted(order[:20])]
     assert sorted(fold["train"] + fold["test"]) == sorted(ids)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["protocol"] == "wmh"
-
-
-def documented_links():
-    """The commands of docs/reproduce.md that bring images and labels together."""
-    blocks = (ROOT / "docs" / "reproduce.md").read_text().split("```")
-    (found,) = (block for block in blocks if block.startswith("bash") and "ln -sf" in block)
-    return found.removeprefix("bash")
-
-
-def touch(*paths):
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-
-def test_the_documented_links_give_cases_with_labels_and_names(tmp_path):
-    wmh, isles = tmp_path / "WMH", tmp_path / "ISLES-2022"
-    for folder in ("training/Utrecht/0", "training/Amsterdam/GE3T/100", "test/Amsterdam/Philips_VU .PETMR_01./160"):
-        touch(
-            *(wmh / folder / name for name in ("pre/FLAIR.nii.gz", "pre/T1.nii.gz", "orig/FLAIR.nii.gz", "wmh.nii.gz"))
-        )
-    brats = tmp_path / "RSNA" / "TrainingData" / "BraTS2021_00002"
-    touch(*(brats / f"BraTS2021_00002_{name}.nii.gz" for name in ("flair", "t1", "t1ce", "t2", "seg")))
-    for case in ("sub-strokecase0001", "sub-strokecase0002"):
-        stem = f"{case}/ses-0001"
-        names = (f"{stem}/dwi/{case}_ses-0001_dwi.nii.gz", f"{stem}/dwi/{case}_ses-0001_adc.nii.gz")
-        touch(*(isles / name for name in (*names, f"derivatives/{stem}/{case}_ses-0001_msk.nii.gz")))
-    environment = {"WMH": str(wmh), "ISLES": str(isles), "PATH": "/usr/bin:/bin"}
-    subprocess.run(["bash", "-eu", "-c", documented_links()], cwd=tmp_path, env=environment, check=True, timeout=60)
-    expected = {
-        ("wmh_training", "FLAIR", "wmh"): {"utrecht_000", "ge3t_100"},
-        ("wmh_test", "FLAIR", "wmh"): {"philips_160"},
-        ("isles22", "DWI", "msk"): {"sub-strokecase0001", "sub-strokecase0002"},
-    }
-    (item,) = collect(tmp_path / "RSNA", channels=["FLAIR"], label_name="seg").items  # as it is, without links
-    assert (PROTOCOLS["brats21"].name_in([item.id]), item.label.name) == (
-        "BraTS2021_00002",
-        "BraTS2021_00002_seg.nii.gz",
-    )
-    for (folder, channel, label_name), names in expected.items():
-        items = collect(tmp_path / "tasks" / folder, channels=[channel], label_name=label_name).items
-        key = "isles22" if channel == "DWI" else "wmh"
-        assert {PROTOCOLS[key].name_in([item.id]) for item in items} == names
-        assert all(item.problem is None and item.label.resolve().is_relative_to(tmp_path) for item in items)
-        images = {item.images[0].resolve().parent.name for item in items}
-        assert images == ({"dwi"} if key == "isles22" else {"pre"})
 
 
 def test_pretraining_leaves_out_the_cases_that_brats21_is_tested_on(tmp_path):

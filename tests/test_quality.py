@@ -13,6 +13,7 @@ from amaes import quality
 from amaes.preprocess import main
 from amaes.quality import measure, outliers, report, source_of, tiles
 from amaes.store import Case, Store
+from tests.stores import make_store
 
 SHAPE = (16, 24, 8)
 
@@ -229,3 +230,18 @@ def test_options_that_do_not_go_together_are_refused(options, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(options)
     assert message in capsys.readouterr().err
+
+
+def test_sources_in_other_alphabets_have_sheets_of_their_own(tmp_path):
+    pytest.importorskip("matplotlib")
+    store = make_store(tmp_path / "s", 2)
+    content = json.loads((store / "dataset.json").read_text())
+    for case, source in zip(content["cases"], ("é", "ü"), strict=True):
+        for path in sorted((store / "cases").glob(f"{case['id']}.*")):
+            target = store / "cases" / source / path.name
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+        case["id"] = f"{source}/{case['id']}"
+    (store / "dataset.json").write_text(json.dumps(content))
+    assert "2 contact sheets" in report(store)
+    assert sorted(path.name for path in (store / "qc").glob("*.png")) == ["sheet-é-1.png", "sheet-ü-1.png"]
