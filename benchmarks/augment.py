@@ -23,7 +23,7 @@ import torch
 from scipy import ndimage
 
 from amaes.augment import Draws, PretrainAugment
-from amaes.augment.draws import INTENSITY, SPATIAL
+from amaes.augment.draws import INTENSITY
 from amaes.augment.intensity import kept_voxels
 from amaes.augment.spatial import coordinate_matrices
 from amaes.cli import Parser, positive_int, run
@@ -153,8 +153,11 @@ def resident(field: str, reset_peak: bool = False) -> float | None:
 
 
 def per_transform(augment: PretrainAugment, window: torch.Tensor, repeats: int) -> list[dict]:
-    """What each transform adds (ms, median of several draws), how often it is on, its share of a mean patch."""
-    names = (*SPATIAL, *INTENSITY)
+    """What each transform adds (ms, median of several draws), how often it is on, its share of the sum.
+
+    Rotation, scaling and elastic deformation are one resampling, so they are two rows: the affine one, and the elastic
+    one with whatever rotation and scaling it has.
+    """
     drawn = augment.draw([2] * repeats, range(repeats))
 
     def median(draws: Draws) -> float:
@@ -165,18 +168,22 @@ def per_transform(augment: PretrainAugment, window: torch.Tensor, repeats: int) 
             times.append(time.process_time() - began)
         return 1e3 * float(np.median(times))
 
-    base = median(drawn.only())
+    base, began = median(drawn.only()), time.process_time()
     rates = augment.draw([3] * 4000, range(4000))
-    rows = [{"transform": "crop, checks, drawing", "ms": base, "probability": 1.0}]
-    for name in names:
-        rate = float(getattr(rates, name).mean())
-        rows.append(
-            {
-                "transform": name,
-                "ms": max(median(only(drawn, name, augment.patch_size[0])) - base, 0.0),
-                "probability": rate,
-            }
-        )
+    drawing = 1e3 * (time.process_time() - began) / 4000
+    rows = [
+        {"transform": "drawing", "ms": drawing, "probability": 1.0},
+        {"transform": "crop, checks, copy", "ms": base, "probability": 1.0},
+    ]
+    turned = rates.rotation & (rates.rotation_degrees != 0).any(1)
+    gates = {
+        "rotation": ("rotation, scaling", (turned | rates.scale) & ~rates.elastic),
+        "elastic": ("elastic deformation", rates.elastic),
+        **{name: (name.replace("_", " "), getattr(rates, name)) for name in INTENSITY},
+    }
+    for name, (label, gate) in gates.items():
+        ms = max(median(only(drawn, name, augment.patch_size[0])) - base, 0.0)
+        rows.append({"transform": label, "ms": ms, "probability": float(gate.mean())})
     total = sum(row["ms"] * row["probability"] for row in rows)
     for row in rows:
         row["share"] = row["ms"] * row["probability"] / total
@@ -263,7 +270,8 @@ def main() -> int:
         print(f"{row['transform']:<22} {row['ms']:>8.2f} {row['probability']:>12.3f} {row['share']:>7.1%}")
     cubic_seconds, cubic_memory = mean_seconds(cubic, window, args.cubic_draws)
     print(
-        f"\ncubic (order 3)   {cubic_seconds:.4f} s per patch, mean of {args.cubic_draws} draws, {cubic_memory:.0f} MB"
+        f"\ncubic (order 3)   {cubic_seconds:.4f} s per patch, mean of {args.cubic_draws} draws, "
+        f"{megabytes(cubic_memory)}"
     )
     plain = published_seconds(augment, args.published_draws)
     print(f"published, NumPy  {plain:.4f} s per patch, mean of the first {args.published_draws} draws")

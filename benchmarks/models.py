@@ -3,8 +3,9 @@
     python benchmarks/models.py --arch mednext_b mednext_l mednext_v2_base --patch-size 64
     python benchmarks/models.py --device cuda --patch-size 128 --compile both --profile --json models.json
 
-The plain modules are MedNeXt's block and Swin's attention as they are usually written: depthwise and 1x1x1 Conv3d,
-GroupNorm, GELU, response norm as separate operations; softmax of the whole attention matrix. U-Nets are plain already.
+The plain modules are as they are usually written. U-Net: the upsampled map is written and convolved, instance norm,
+leaky ReLU in place. MedNeXt: depthwise and 1x1x1 Conv3d, GroupNorm, GELU, response norm as separate operations. Swin:
+softmax of the whole attention matrix.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +29,24 @@ from amaes.files import write_json
 from amaes.models import ARCHITECTURES, build_autoencoder, build_segmenter
 from amaes.models.mednext import Block
 from amaes.models.swin_unetr import WindowAttention
+from amaes.models.unet import ConvUnit
 
 DECODERS = ("light", "unet", "mednext")
 
 
 # Plain modules --------------------------------------------------------------------------------------------------------
+
+
+class PlainUnit(nn.Module):
+    """Convolution, instance norm and an in-place leaky ReLU; after an upsampling that is written. Weights of ours."""
+
+    def __init__(self, unit: ConvUnit) -> None:
+        super().__init__()
+        self.conv, self.norm = unit.conv, unit.norm
+        self.activation = nn.LeakyReLU(0.01, inplace=True)
+
+    def forward(self, x: torch.Tensor, up: nn.Module | None = None) -> torch.Tensor:
+        return self.activation(self.norm(self.conv(x if up is None else up(x))))
 
 
 class PlainBlock(nn.Module):
@@ -71,16 +87,17 @@ class PlainAttention(nn.Module):
         return self.proj((logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(count, n, channels))
 
 
-def plain_copy(network: nn.Module) -> nn.Module | None:
-    """The network with every block and attention replaced by its plain form; None where it has neither."""
-    network, found = copy.deepcopy(network), False
+PLAIN = {ConvUnit: PlainUnit, Block: PlainBlock, WindowAttention: PlainAttention}
+
+
+def plain_copy(network: nn.Module) -> nn.Module:
+    """The network with every unit, block and attention replaced by its plain form, with the same weights."""
+    network = copy.deepcopy(network)
     for parent in list(network.modules()):
         for name, child in parent.named_children():
-            form = {Block: PlainBlock, WindowAttention: PlainAttention}.get(type(child))
-            if form is not None:
-                setattr(parent, name, form(child))
-                found = True
-    return network if found else None
+            if type(child) in PLAIN:
+                setattr(parent, name, PLAIN[type(child)](child))
+    return network
 
 
 # Measurements ---------------------------------------------------------------------------------------------------------
@@ -94,7 +111,7 @@ def build(arch: str, decoder: str) -> nn.Module:
 def forward_flops(arch: str, decoder: str, side: int) -> int:
     """Multiply-adds of one forward pass of a cube, times two; computed from shapes alone."""
     with torch.device("meta"), torch.no_grad():
-        network = plain_copy(build(arch, decoder)) or build(arch, decoder)
+        network = plain_copy(build(arch, decoder))
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, 1, side, side, side))
     return counter.get_total_flops()
@@ -108,19 +125,25 @@ def step(network: nn.Module, image: torch.Tensor, half: bool) -> None:
     output.float().square().mean().backward()
 
 
-def memory(network: nn.Module, image: torch.Tensor, half: bool) -> float:
-    """GB at the peak of a step (CUDA), or kept by autograd between its passes (CPU)."""
-    kept = {}
+def kept_bytes(step: Callable[[], object]) -> int:
+    """What autograd keeps for the backward pass of a step; parameters and views of them do not count."""
+    kept = {}  # storage to bytes: what is kept under two names counts once
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        base = tensor if tensor._base is None else tensor._base
+        if not isinstance(base, nn.Parameter):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
+
+
+def memory(network: nn.Module, image: torch.Tensor, half: bool) -> float:
+    """GB at the peak of a step (CUDA), or kept by autograd between its passes (CPU)."""
     if image.device.type != "cuda":
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            step(network, image, half)
-        return sum(kept.values()) / 1e9
+        return kept_bytes(partial(step, network, image, half)) / 1e9
     step(network, image, half)  # compiles, picks algorithms
     torch.cuda.reset_peak_memory_stats()
     step(network, image, half)

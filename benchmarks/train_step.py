@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from models import kept_bytes, plain_copy
 from torch import nn
 
 from amaes import backend, cli, rng
@@ -27,7 +28,7 @@ from amaes.files import write_json
 from amaes.losses import reconstruction_loss
 from amaes.mask import apply_mask, token_mask
 from amaes.models import build_autoencoder
-from amaes.models.unet import WIDTHS, ConvUnit
+from amaes.models.unet import WIDTHS
 from amaes.optim import build_optimizer
 from amaes.run import commit, versions
 
@@ -101,34 +102,12 @@ def write_store(path: Path, count: int, side: int) -> None:
     (path / "dataset.json").write_text(json.dumps(content))
 
 
-class PlainUnit(nn.Module):
-    """Convolution, instance norm and an in-place leaky ReLU, as published."""
-
-    def __init__(self, unit: ConvUnit) -> None:
-        super().__init__()
-        self.conv, self.norm = unit.conv, unit.norm
-        self.activation = nn.LeakyReLU(0.01, inplace=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.norm(self.conv(x)))
-
-
-def plain(network: nn.Module) -> nn.Module:
-    """The network with every unit replaced by the plain one; weights shared."""
-    for name, child in network.named_children():
-        if isinstance(child, ConvUnit):
-            setattr(network, name, PlainUnit(child))
-        else:
-            plain(child)
-    return network
-
-
 def steps_beside(arch: str, patch: int, batch: int, device: torch.device) -> dict:
     """Milliseconds and peak memory of a step: plain, ours, and on CUDA ours compiled."""
     torch.manual_seed(0)
     x = torch.rand(batch, 1, patch, patch, patch, device=device)
     mask = token_mask(x, keys=rng.keys(0, [0] * batch, range(batch), "mask"))
-    networks = {"plain": plain(build_autoencoder(arch)), "ours": build_autoencoder(arch)}
+    networks = {"plain": plain_copy(build_autoencoder(arch)), "ours": build_autoencoder(arch)}
     if device.type == "cuda":
         compiler, how = backend.compiler(device, "auto")
         networks[f"ours, {how}"] = compiler(build_autoencoder(arch))
@@ -186,18 +165,11 @@ class Step:
         self.times.append(1000 * (time.perf_counter() - began))
 
     def _kept(self) -> int:
-        seen: dict[int, int] = {}  # storage to bytes: the plain network keeps one storage under two names
+        def forward() -> torch.Tensor:
+            with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.half):
+                return self.network(apply_mask(self.x, self.mask))
 
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                storage = tensor.untyped_storage()
-                seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            prediction = self.network(apply_mask(self.x, self.mask))
-        del prediction
-        return sum(seen.values())
+        return kept_bytes(forward)
 
     def result(self) -> tuple[float, float]:
         """Median milliseconds and GB."""

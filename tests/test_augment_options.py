@@ -1,10 +1,12 @@
 """Every option changes what it says, in the pipeline as the training scripts call it; channels draw as published."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from amaes.augment import FinetuneAugment, PretrainAugment
+from amaes.augment import Draws, FinetuneAugment, PretrainAugment
 
 PATCH = (16, 20, 12)
 
@@ -77,3 +79,57 @@ def test_draws_are_per_sample_or_per_channel_as_published():
     for name in ("additive_noise", "multiplicative_noise", "ghosting", "gibbs_ringing", "bias_field"):
         values = np.asarray(getattr(draws, name))
         assert (values[:, 0] != values[:, 1]).any(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"preset": "none", "order": 3},
+            "order=3: nothing reads it, as the probability of elastic and rotation and sc",
+        ),
+        ({"rotation": 0.0, "scale": 0.0, "elastic": 0.0, "fill": 0.5}, "fill=0.5: nothing reads it"),
+        ({"preset": "none", "clip": False}, "clip=False: nothing reads it.*; accepted then: True"),
+        ({"gamma": 0.0, "gamma_low": (0.2, 0.3)}, "gamma_low=.*as the probability of gamma is 0"),
+        ({"mirror_axis": 0.5}, "mirror_axis=0.5: nothing reads it"),
+        ({"bias_field": 0.0, "bias": "exp"}, "bias='exp': nothing reads it, as the probability of bias_field is 0"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainAugment(**({"patch_size": PATCH} | options))
+
+
+def test_what_scripts_always_give_and_default_values_are_accepted():
+    assert FinetuneAugment(PATCH, "none", window="parity").window_size == PATCH
+    assert PretrainAugment(PATCH, "none", order=1, fill="min").preset == "none"
+    assert PretrainAugment(PATCH, "all", mirror=0.5, mirror_axis=0.5).options.mirror_axis == 0.5
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("blur_sigma", 1.5, "draws: blur_sigma 1.5, expected 0.0 to 1.0, what these options can draw"),
+        ("elastic_sigma", 31.0, "draws: elastic_sigma 31, expected 20.0 to 30.0"),
+        ("elastic_sigma", 19.0, "draws: elastic_sigma 19"),
+        ("low_resolution_lengths", 7, r"draws: low_resolution_lengths 7, expected \[ 8 10  6\] to \[16 20 12\]"),
+    ],
+)
+def test_replayed_draws_beyond_the_options_are_refused(field, value, message):
+    augment = PretrainAugment(PATCH, "all")
+    draws = augment.draw([0], [0], 1)
+    name = field.rsplit("_", 1)[0]
+    beyond = replace(draws.only(name), **{field: np.full_like(getattr(draws, field), value)})
+    window = plateau(augment, samples=1)
+    with pytest.raises(ValueError, match=message):
+        augment(window, Draws.from_dict(beyond.as_dict()))
+    assert augment(window, replace(beyond, **{name: np.zeros_like(getattr(beyond, name))}))[0].shape[2:] == PATCH
+
+
+def test_draws_at_the_ends_of_the_options_are_accepted():
+    augment = PretrainAugment(PATCH, "all")
+    draws = augment.draw([0], [0], 1)
+    ends = {"blur_sigma": 1.0, "elastic_sigma": 30.0, "low_resolution_lengths": np.array([8, 20, 6])}
+    full = {field: np.broadcast_to(value, getattr(draws, field).shape) for field, value in ends.items()}
+    ends = replace(draws.only("blur", "elastic", "low_resolution"), **full)
+    assert augment(plateau(augment, samples=1), ends)[0].isfinite().all()

@@ -200,6 +200,27 @@ def _show(value: np.ndarray) -> str:
     return " ".join(f"{v:.4g}" for v in np.atleast_1d(value))
 
 
+def check_reach(draws: Draws, options: Options, patch_size: Sequence[int]) -> None:
+    """Refuse draws of other options where the kernels and tables made for these would be cut off or missing.
+
+    Raises:
+        ValueError: names the field, its value and the range.
+    """
+    sides = np.asarray(patch_size)
+    shortest = np.maximum(np.rint(sides * options.low_resolution_zoom[0]), 1).astype(np.int64)
+    reach = {
+        ("elastic", "elastic_sigma"): options.elastic_sigma,
+        ("blur", "blur_sigma"): (0.0, options.blur_sigma[1]),
+        ("low_resolution", "low_resolution_lengths"): (shortest, sides),
+    }
+    for (name, field), (low, high) in reach.items():
+        values = getattr(draws, field)[getattr(draws, name)]
+        outside = (values < low) | (values > high)
+        if getattr(options, name) > 0 and outside.any():
+            found = values[outside][0]
+            raise ValueError(f"draws: {field} {found:g}, expected {low} to {high}, what these options can draw")
+
+
 class _Uniforms:
     """Columns of a table of uniform numbers, used up from left to right."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from amaes.augment import spatial
-from amaes.augment.draws import INTENSITY, SPATIAL, Draws, Options, draw
+from amaes.augment.draws import INTENSITY, SPATIAL, Draws, Options, check_reach, draw
 from amaes.augment.intensity import (
     additive_noise,
     bias_field,
@@ -33,7 +33,8 @@ from amaes.rng import uniform
 PRESETS = {"all": (*SPATIAL, *INTENSITY), "spatial": SPATIAL, "none": ()}
 FINETUNE_PRESETS = {"all": (*SPATIAL, *INTENSITY), "spatial": ("rotation", "scale"), "none": ()}
 _ALIASES = {"basic": "spatial"}  # name on the command line of the published code
-_GENERAL = ("order", "window", "fill", "clip")  # options that belong to no transform
+# Options that belong to no single transform, and the transforms that read them; nothing moving, any `window` is none.
+_READERS = {"order": SPATIAL, "fill": SPATIAL, "clip": (*SPATIAL, *INTENSITY)}
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,12 @@ class _Augment:
             masked: False (compact): the rows that drew a transform, and their indices. True: all rows and a gate, so
                 that the shapes never change and `apply` can be compiled as one graph, at the price of computing
                 every transform for every sample.
+
+        Raises:
+            ValueError: draws of an augmentation with other options, beyond what the tables of these reach.
         """
         device = torch.device(device)
+        check_reach(draws, self.options, self.patch_size)
         arrays = self._pack_spatial(draws, masked)
         if self.options.mirror > 0:
             for axis in range(3):
@@ -365,15 +370,24 @@ def _choose(defaults: Options, preset: str, transforms: Sequence[str], options: 
         read = owner is None or owner in transforms or (owner == "mirror" and transforms)
         if not read and value != known[name]:
             raise ValueError(
-                f"{name}={value!r}: the preset {preset!r} has no {owner}; accepted: {', '.join(transforms)}"
+                f"{name}={value!r}: the preset {preset!r} has no {owner}; accepted: {', '.join(transforms) or 'none'}"
             )
     off = {name: 0.0 for name in (*SPATIAL, *INTENSITY) if name not in transforms}
-    return replace(defaults, **(options | off))
+    chosen = replace(defaults, **(options | off))
+    occur = {name for name in (*SPATIAL, "mirror", *INTENSITY) if getattr(chosen, name) > 0}
+    for name, value in options.items():
+        readers = {*_READERS.get(name, [_owner(name)])} - {None}
+        if name not in readers and value != known[name] and readers and not readers & occur:
+            raise ValueError(
+                f"{name}={value!r}: nothing reads it, as the probability of {' and '.join(sorted(readers))} is 0; "
+                f"accepted then: {known[name]!r}"
+            )
+    return chosen
 
 
 def _owner(option: str) -> str | None:
     """The transform that an option belongs to."""
-    special = {"gibbs": "gibbs_ringing", "bias": "bias_field"} | dict.fromkeys(_GENERAL)
+    special = {"gibbs": "gibbs_ringing", "bias": "bias_field"} | dict.fromkeys(("window", *_READERS))
     if option in special:
         return special[option]
     return next(name for name in (*SPATIAL, *INTENSITY, "mirror") if option == name or option.startswith(f"{name}_"))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import nn
 
+from amaes.models.ops import one_is_less
 from amaes.models.stages import run_stage
-from amaes.models.unet import conv_block
+from amaes.models.unet import ConvBlock
 
 
 def check_stages(channels: Sequence[int], strides: Sequence[int], ratio: int | None = None) -> None:
@@ -84,6 +86,11 @@ class Decoder(nn.Module):
         """Upsampled map and skip connection as the input of a stage."""
         return torch.cat([x, skip], dim=1)
 
+    def stage(self, i: int, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+        """From the map of stage i + 1 and the skip connection, if any, to the map of stage i."""
+        x = run_stage(self, self.ups[i], x)
+        return run_stage(self, self.stages[i], x if skip is None else self.merge(x, skip))
+
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
         """Features of the encoder, finest first, to the output at full resolution: (B, num_classes, X, Y, Z).
 
@@ -92,8 +99,7 @@ class Decoder(nn.Module):
         x = self._lateral(features, len(self.channels) - 1)
         maps = [x]
         for i in reversed(range(len(self.stages))):
-            x = run_stage(self, self.ups[i], x)
-            x = run_stage(self, self.stages[i], self.merge(x, self._lateral(features, i)) if self.skips else x)
+            x = self.stage(i, x, self._lateral(features, i) if self.skips else None)
             maps.insert(0, x)
         if self.deep_supervision and self.training:
             return [head(x) for head, x in zip(self.heads, maps, strict=True)]
@@ -126,9 +132,14 @@ class UNetDecoder(Decoder):
         for i in range(len(channels) - 1):
             step = strides[i + 1] // strides[i]
             self.ups.append(nn.ConvTranspose3d(widths[i + 1], widths[i], kernel_size=step, stride=step))
-            self.stages.append(conv_block(widths[i] + (channels[i] if skips else 0), widths[i], convs))
+            self.stages.append(ConvBlock(widths[i] + (channels[i] if skips else 0), widths[i], convs))
         heads = widths if deep_supervision else widths[:1]
         self.heads.extend(nn.Conv3d(width, num_classes, kernel_size=1) for width in heads)
+
+    def stage(self, i: int, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+        if skip is None and one_is_less(x, self.ups[i], self.stages[i][0].conv):
+            return run_stage(self, partial(self.stages[i], up=self.ups[i]), x)
+        return super().stage(i, x, skip)
 
 
 class LightDecoder(UNetDecoder):

@@ -1,18 +1,22 @@
-"""The two operations that take MedNeXt's time, each one function with one call site (`mednext.Block`).
+"""The operations that take the networks' time, each one function with one call site.
 
-`depthwise` is the depthwise convolution, `norm_mlp` the chain norm, expand, GELU, response normalisation, project.
-Both are plain mathematics with a plain implementation; on the CPU, where PyTorch's own backward pass of a depthwise 3D
-convolution is slow and large temporary tensors are slower than the arithmetic, each has a second one that computes the
-same numbers from less memory. A faster implementation for another device goes here and changes no model.
+Of the U-Nets, `norm_act` is instance norm and leaky ReLU (`unet.ConvUnit`), `up_conv` an upsampling and the convolution
+after it (`decoder.UNetDecoder`). Of MedNeXt, `depthwise` is the depthwise convolution, `norm_mlp` the chain norm,
+expand, GELU, response normalisation, project (`mednext.Block`). All are plain mathematics with a plain implementation;
+in eager mode, or on the CPU, each has a second one that computes the same numbers from less memory or in less time. A
+faster implementation for another device goes here and changes no model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 GRN_DIVISORS = ("mean", "sum")
 PIECE = 2**20  # numbers of the hidden tensor that are computed at a time on the CPU, so that they stay in its cache
@@ -35,6 +39,21 @@ def _autocast_applies(x: torch.Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
+def _autocast_off(x: torch.Tensor) -> AbstractContextManager:
+    """Where the type of `x` is the type it is computed in; the meta device has no autocast to turn off."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
+def _without_autocast(backward: Callable) -> Callable:
+    """Backward passes compute in the types of the forward pass, also where they are called inside autocast."""
+
+    def run(ctx, grad: torch.Tensor):
+        with _autocast_off(grad):
+            return backward(ctx, grad)
+
+    return run
+
+
 def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Convolution 1x1x1 as a matrix product over channels: (B, C, X, Y, Z) to (B, O, X, Y, Z) in channels-last memory.
 
@@ -44,6 +63,104 @@ def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
         bias: (O,), or None.
     """
     return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+
+
+# Instance norm and leaky ReLU -----------------------------------------------------------------------------------------
+
+_SLOPE = 0.01  # of the leaky ReLU
+_LARGEST_SHIFT = 8.0  # |shift| / |scale| of a norm up to which its input is found again from its output: 3 bits lost
+
+
+def norm_act(x: torch.Tensor, norm: nn.InstanceNorm3d) -> torch.Tensor:
+    """Instance norm, then leaky ReLU of slope 0.01; in eager mode autograd keeps one tensor for both.
+
+    The output is kept, which the next convolution keeps anyway: both functions can be inverted. Where the scale of a
+    channel is so small that its digits are lost, and on a GPU, which would have to be waited for to know, the input is
+    kept as well; then it is as much as a leaky ReLU in place keeps.
+
+    Args:
+        x: (B, C, X, Y, Z).
+        norm: affine, without running statistics. Statistics are in float32 (or float64) whatever autocast says.
+    """
+    if torch.compiler.is_compiling():  # one graph, in which the compiler decides what to keep
+        return F.leaky_relu(norm(x), _SLOPE)
+    return _NormAct.apply(x, norm.weight, norm.bias, norm.eps)
+
+
+class _NormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, shift, eps):
+        rows = x.contiguous().flatten(0, 1)[None]  # (1, B C, X, Y, Z): statistics per sample and channel
+        scales, shifts = scale.repeat(len(x)), shift.repeat(len(x))
+        y, mean, rstd = torch.native_batch_norm(rows, scales, shifts, None, None, True, 0.0, eps)
+        y = F.leaky_relu_(y, _SLOPE).view(x.shape)
+        again = x.device.type == "meta" or (
+            x.device.type == "cpu" and bool((shift.abs() < _LARGEST_SHIFT * scale.abs()).all())
+        )
+        ctx.save_for_backward(y, None if again else rows, scales, shifts, mean, rstd)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @_without_autocast
+    def backward(ctx, grad):
+        y, rows, scales, shifts, mean, rstd = ctx.saved_tensors
+        grad = torch.ops.aten.leaky_relu_backward(grad.contiguous(), y, _SLOPE, True).view(1, -1, *y.shape[2:])
+        if rows is None:  # the norm's output has the same normalised values as its input, with another mean and spread
+            rows = F.leaky_relu(y, 1 / _SLOPE).view_as(grad)
+            scales, mean, rstd = rstd * scales.square(), shifts.to(mean.dtype), scales.to(rstd.dtype).reciprocal()
+        grad_x, *grads = torch.ops.aten.native_batch_norm_backward(
+            grad, rows, scales, None, None, mean, rstd, True, ctx.eps, [True] * 3
+        )
+        grad_scale, grad_shift = (part.view(len(y), -1).sum(0) for part in grads)
+        return grad_x.view_as(y), grad_scale, grad_shift, None
+
+
+# Upsampling and the convolution after it ------------------------------------------------------------------------------
+
+
+def one_is_less(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d) -> bool:
+    """Whether `up_conv` takes less arithmetic than its two convolutions, the composition of their weights included.
+
+    On the CPU only, where it was measured.
+    """
+    step, kernel = up.stride[0], conv.kernel_size[0]
+    fine = x[:, 0].numel() * step**3  # voxels
+    each = up.in_channels * up.out_channels + kernel**3 * up.out_channels * conv.out_channels
+    composed = up.in_channels * conv.out_channels * (step + kernel - 1) ** 3
+    return use_cpu_path(x) and composed * (fine / step**3 + kernel**3 * up.out_channels) < each * fine
+
+
+def up_conv(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d) -> torch.Tensor:
+    """`conv(up(x))` as one transposed convolution; the upsampled map is not written, nor kept for the backward pass.
+
+    Both are linear, so their composition is one linear map, whose kernel is the convolution of theirs. It needs 32
+    instead of 58 multiply-adds per voxel and pair of channels for halved sides and channels and kernel 3.
+
+    Args:
+        x: (B, C, X, Y, Z).
+        up: kernel equal to its stride, with bias.
+        conv: odd kernel k, padding k // 2, with bias.
+    """
+    with _autocast_off(x):  # the composed kernel is rounded once
+        kernel = F.conv3d(up.weight, conv.weight, padding=conv.kernel_size[0] - 1)
+    y = F.conv_transpose3d(x, kernel, None, up.stride, conv.padding)
+    with _autocast_off(x):
+        return y.add_(_bias_map(up.bias, conv, y.shape[2:]).to(y.dtype))
+
+
+def _bias_map(bias: torch.Tensor, conv: nn.Conv3d, shape: torch.Size) -> torch.Tensor:
+    """Convolution of constant channels, (1, O, *shape): constant but where the kernel reaches over a face."""
+    reach = conv.padding[0]
+    image = bias.view(1, -1, 1, 1, 1).expand(1, -1, *(min(side, 2 * reach + 1) for side in shape))
+    y = F.conv3d(image, conv.weight, conv.bias, padding=reach)
+    for axis, side in enumerate(shape, start=2):
+        if side > y.shape[axis]:
+            first, middle, last = y.split((reach, 1, reach), axis)
+            between = [-1] * axis + [side - 2 * reach] + [-1] * (4 - axis)
+            y = torch.cat([first, middle.expand(between), last], axis)
+    return y
 
 
 # Depthwise convolution ------------------------------------------------------------------------------------------------
@@ -61,7 +178,7 @@ def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resampl
     """
     if use_cpu_path(x):
         dtype = compute_dtype(x)
-        with torch.autocast("cpu", enabled=False):
+        with _autocast_off(x):
             return _Depthwise.apply(x.to(dtype), weight.to(dtype), bias.to(dtype), resample)
     options = {"stride": 1 if resample == "same" else 2, "padding": weight.shape[-1] // 2, "groups": x.shape[1]}
     convolve = F.conv_transpose3d if resample == "up" else F.conv3d
@@ -84,6 +201,8 @@ class _Depthwise(torch.autograd.Function):
         return _convolve(x, weight, bias, stride=1 if resample == "same" else 2)
 
     @staticmethod
+    @once_differentiable
+    @_without_autocast
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
@@ -105,7 +224,7 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
 def _spread(x: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
     """Zeros between the voxels: side n to 2n - 1, or to `shape`."""
     shape = shape or [2 * side - 1 for side in x.shape[2:]]
-    wide = torch.zeros((*x.shape[:2], *shape), dtype=x.dtype).contiguous(memory_format=torch.channels_last_3d)
+    wide = x.new_zeros((*x.shape[:2], *shape)).contiguous(memory_format=torch.channels_last_3d)
     wide[..., ::2, ::2, ::2] = x
     return wide
 
@@ -171,7 +290,7 @@ def norm_mlp(
         weights += [project.weight.flatten(1), project.bias]
         weights += [] if grn is None else [grn.gamma.flatten(), grn.beta.flatten()]
         weights = [weight.to(wide) for weight in weights]
-        with torch.autocast("cpu", enabled=False):
+        with _autocast_off(x):
             rows = x.to(dtype).movedim(1, -1)  # (B, X, Y, Z, C)
             divisor = None if grn is None else grn.divisor
             y = _NormMLP.apply(rows.flatten(1, 3), norm.eps, divisor, *weights)
@@ -218,7 +337,8 @@ class _NormMLP(torch.autograd.Function):
         ctx.eps, ctx.divisor, ctx.statistics = eps, divisor, []
         out = rows.new_empty((*rows.shape[:2], len(w2)))  # (B, N, O)
         for x, y in zip(rows, out, strict=True):
-            mean, rstd = torch.native_batch_norm(x, norm_w, norm_b, None, None, True, 0.0, eps)[1:]
+            mean, var = torch.batch_norm_update_stats(x, *norm_w.new_zeros(2, len(norm_w)), 0.0)  # no running ones
+            rstd = (var + eps).rsqrt_()
             shift, w_in, b_in = _fold_norm(mean, rstd, norm_w, norm_b, w1, b1, x.dtype)
             g, w_out, b_out = None, w2.to(x.dtype), b2
             if gamma is not None:
@@ -235,6 +355,8 @@ class _NormMLP(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
+    @_without_autocast
     def backward(ctx, grad):
         rows, norm_w, norm_b, w1, b1, w2, gamma, beta = ctx.saved_tensors
         grad_rows, sums = torch.empty_like(rows), None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def run_stage(owner: nn.Module, stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def run_stage(owner: nn.Module, stage: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """`stage(x)`; where `owner.checkpoint_activations` is on, only x is kept, and the backward pass runs it again."""
     if owner.checkpoint_activations and torch.is_grad_enabled():
         return checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False)  # no stage draws random numbers

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from amaes.models.ops import norm_act, up_conv
 from amaes.models.stages import run_stage
 
 NUM_STAGES = 5  # full resolution, then four halvings
@@ -20,14 +21,24 @@ class ConvUnit(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
         self.norm = nn.InstanceNorm3d(out_channels, affine=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Not in place: instance norm returns a view, and changing a view in place makes autograd copy the whole of it.
-        return F.leaky_relu(self.norm(self.conv(x)), negative_slope=0.01)
+    def forward(self, x: torch.Tensor, up: nn.ConvTranspose3d | None = None) -> torch.Tensor:
+        """See `ConvBlock`."""
+        return norm_act(self.conv(x) if up is None else up_conv(x, up, self.conv), self.norm)
 
 
-def conv_block(in_channels: int, out_channels: int, convs: int) -> nn.Sequential:
+class ConvBlock(nn.Sequential):
     """`convs` units in a row, the first from `in_channels`; no residual connection."""
-    return nn.Sequential(*(ConvUnit(in_channels if i == 0 else out_channels, out_channels) for i in range(convs)))
+
+    def __init__(self, in_channels: int, out_channels: int, convs: int) -> None:
+        super().__init__(*(ConvUnit(in_channels if i == 0 else out_channels, out_channels) for i in range(convs)))
+
+    def forward(self, x: torch.Tensor, up: nn.ConvTranspose3d | None = None) -> torch.Tensor:
+        """(B, C, X, Y, Z) to (B, O, X, Y, Z); with `up`, the block of the upsampled x, not computed by itself."""
+        first, *others = self
+        x = first(x, up)
+        for unit in others:
+            x = unit(x)
+        return x
 
 
 class UNet(nn.Module):
@@ -51,7 +62,7 @@ class UNet(nn.Module):
         self.channels = tuple(width * 2**i for i in range(NUM_STAGES))
         self.strides = tuple(2**i for i in range(NUM_STAGES))
         inputs = (in_channels, *self.channels[:-1])
-        self.stages = nn.ModuleList(conv_block(i, o, convs=2) for i, o in zip(inputs, self.channels, strict=True))
+        self.stages = nn.ModuleList(ConvBlock(i, o, convs=2) for i, o in zip(inputs, self.channels, strict=True))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, C, X, Y, Z) to one feature map per stage, finest first: (B, channels[i], X/2^i, Y/2^i, Z/2^i)."""

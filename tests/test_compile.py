@@ -1,0 +1,55 @@
+"""Every network is one graph for torch.compile. Sizes of a family differ in numbers alone: one of each is traced."""
+
+import pytest
+import torch
+
+from amaes.models import RECONSTRUCTION_DECODERS, SEGMENTATION_DECODERS, build_autoencoder, build_segmenter
+
+FAMILIES = ("unet_tiny", "mednext_s", "swin_unetr")
+DECODERS = [
+    *((build_autoencoder, {"decoder": name, "skips": name == "standard"}) for name in RECONSTRUCTION_DECODERS),
+    *((build_segmenter, {"decoder": name, "deep_supervision": True}) for name in SEGMENTATION_DECODERS),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("build", "options"), DECODERS)
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_every_family_with_every_decoder_is_one_graph(arch, build, options):
+    device = "cpu" if arch == "swin_unetr" else "meta"  # a mask of its attention cannot be traced on meta
+    with torch.device(device):
+        network, image = build(arch, **options), torch.rand(1, 1, 32, 64, 32)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        output = torch.compile(network, fullgraph=True, backend=backend)(image)
+    assert len(graphs) == 1
+    assert (output[0] if isinstance(output, list) else output).shape[2:] == image.shape[2:]
+
+
+@pytest.mark.parametrize("decoder", RECONSTRUCTION_DECODERS)
+def test_the_graph_gives_the_numbers_and_gradients_of_the_eager_network(decoder):
+    torch.manual_seed(0)
+    network, image = (
+        build_autoencoder("unet_tiny", decoder=decoder).double(),
+        torch.rand(1, 1, 16, 32, 16, dtype=torch.float64),
+    )
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (network, compiled):
+        network.zero_grad()
+        output = run(image)
+        output.square().mean().backward()
+        results.append([output.detach(), *(p.grad.clone() for p in network.parameters())])
+    for ours, eager in zip(results[1], results[0], strict=True):
+        assert (ours - eager).abs().max() <= 1e-9 * max(1e-3, eager.abs().max())
