@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -56,6 +59,39 @@ def _identity(network: nn.Module) -> nn.Module:
     return network
 
 
+def complaints(device: torch.device) -> list[str]:
+    """One line for every known defect of this PyTorch and cuDNN in 3D convolutions, with the remedy; CUDA only."""
+    if device.type != "cuda":
+        return []
+    return slow_convolutions(str(torch.__version__), torch.backends.cudnn.version())
+
+
+def slow_convolutions(torch_version: str, cudnn_version: int | None) -> list[str]:
+    """Known defects of 3D convolutions in bf16, by version.
+
+    Args:
+        torch_version: such as "2.9.1+cu128".
+        cudnn_version: such as 91002 for 9.10.2, None without cuDNN.
+    """
+    numbers = tuple(int(number) for number in re.findall(r"\d+", torch_version)[:3])
+    remedy = "install torch 2.9.1 or newer with cuDNN 9.15 or newer (pip install nvidia-cudnn-cu12>=9.15)"
+    if cudnn_version is None:
+        return [f"WARNING: torch {torch_version} has no cuDNN: 3D convolutions are several times slower; {remedy}"]
+    if numbers == (2, 9, 0):
+        return [
+            f"WARNING: torch {torch_version} does not use cuDNN for 3D convolutions in bf16: about 4 times slower, "
+            f"3 times the memory; {remedy}"
+        ]
+    if 90800 <= cudnn_version < 91500:
+        effect = (
+            "may compute large 3D convolutions in bf16 wrongly"
+            if numbers < (2, 9)
+            else "is not used for 3D convolutions in bf16, about 4 times slower, as it may compute them wrongly"
+        )
+        return [f"WARNING: cuDNN {cudnn_version} with torch {torch_version} {effect}; {remedy}"]
+    return []
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 # Bytes per parameter while training in fp32: weight, gradient, two moments, the largest second moment (amsgrad).
@@ -95,7 +131,12 @@ def saved_bytes(network: nn.Module, shape: Sequence[int]) -> int:
 
 
 def fit_micro_batch(
-    build: Callable[[], nn.Module], patch_size: Sequence[int], batch_size: int, ranks: Ranks, half: bool
+    build: Callable[[], nn.Module],
+    patch_size: Sequence[int],
+    batch_size: int,
+    ranks: Ranks,
+    half: bool,
+    views: int = 1,
 ) -> int:
     """How many micro-steps a rank's share of the batch must be cut into to fit into its free memory.
 
@@ -105,6 +146,7 @@ def fit_micro_batch(
         batch_size: patches per step over all ranks; divides by their number.
         ranks: this process among all; CPU ranks on one machine share its memory.
         half: autocast to bfloat16 is on.
+        views: inputs of the network per patch.
 
     Returns:
         The smallest number that divides the share and is expected to fit on every rank.
@@ -114,7 +156,7 @@ def fit_micro_batch(
     """
     with torch.device("meta"):
         network = build()
-    kept = saved_bytes(network, (1, network.in_channels, *patch_size)) * (0.6 if half else 1.0)
+    kept = saved_bytes(network, (views, network.in_channels, *patch_size)) * (0.6 if half else 1.0)
     fixed = sum(p.numel() for p in network.parameters()) * _BYTES_PER_PARAMETER
     total, free = memory_of(ranks.device, ranks.local_world)
     if total is None:
@@ -145,6 +187,55 @@ def memory_of(device: torch.device, local_world: int = 1) -> tuple[float | None,
     return total / local_world, free / local_world
 
 
+SHARED_MEMORY = Path("/dev/shm")
+PREFETCH = 2  # batches that each worker reads ahead
+
+
+def check_shared_memory(workers: int, batch_bytes: int, prefetch: int = PREFETCH, local_world: int = 1) -> str | None:
+    """One line where memory may not hold the batches that workers read ahead, with what helps; None where it does.
+
+    Args:
+        workers: processes per rank that read; without any, nothing is shared.
+        batch_bytes: of what a rank takes at once: one micro-step.
+        prefetch: batches that each worker reads ahead; beside them there is the one in use.
+        local_world: ranks on this machine, which share its memory.
+    """
+    if not workers:
+        return None
+    needed = local_world * (workers * prefetch + 1) * batch_bytes
+    batches = f"{workers} --workers of {local_world} ranks hold up to {needed / GB:.1f} GB of batches"
+    shared = free_shared_memory()
+    if shared is not None and needed > shared:
+        return (
+            f"WARNING: {batches}, {SHARED_MEMORY} has {shared / GB:.1f} GB free: a worker may be killed; in a "
+            f"container docker run --shm-size={needed // 2**30 + 1}g or --ipc=host, else fewer --workers"
+        )
+    free = memory_of(torch.device("cpu"))[1]
+    if free is not None and needed > free:
+        return (
+            f"WARNING: {batches}, {free / GB:.1f} GB of memory are free: a worker may be killed; fewer --workers help"
+        )
+    return None
+
+
+def free_shared_memory() -> float | None:
+    """Free bytes of /dev/shm, through which workers hand over batches; None where there is none."""
+    if not SHARED_MEMORY.is_dir():
+        return None
+    status = os.statvfs(SHARED_MEMORY)
+    return status.f_bavail * status.f_frsize
+
+
+def memory_advice() -> str:
+    """How much memory of the host is free, and what helps workers that run out of it."""
+    known = (("memory", memory_of(torch.device("cpu"))[1]), (SHARED_MEMORY, free_shared_memory()))
+    free = " and ".join(f"{size / GB:.1f} GB of {name}" for name, size in known if size is not None)
+    return (
+        f"free now: {free or 'unknown'}; what helps: --workers 0 or fewer, in a container docker run --shm-size=8g or "
+        "--ipc=host"
+    )
+
+
 def _container_memory() -> Iterator[tuple[float, float]]:
     """Limit and use, bytes, of every control group this process is in (containers, Slurm jobs), versions 1 and 2."""
     table = Path("/proc/self/cgroup")
@@ -164,3 +255,24 @@ def _container_memory() -> Iterator[tuple[float, float]]:
                 continue
             if limit != "max":
                 yield float(limit), float(used)
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(device: torch.device, accumulate: int, patch_size: Sequence[int]) -> Iterator[None]:
+    """Turn running out of memory while training into a ValueError with what was measured and the options that help."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and "can't allocate memory" not in str(error):  # the CPU's allocator has no class of its own
+            raise
+        total, free = memory_of(device)
+        size = "unknown" if total is None else f"{total / GB:.1f} GB, {free / GB:.1f} GB of them free"
+        peak = (
+            f"{torch.cuda.max_memory_allocated(device) / GB:.1f} GB in use at most; " if device.type == "cuda" else ""
+        )
+        sides = " ".join(map(str, patch_size))
+        raise ValueError(
+            f"out of memory on {device}: {peak}memory {size}; what helps: --accumulate {2 * accumulate} (now "
+            f"{accumulate}), --checkpoint-activations, or a smaller --patch-size (now {sides})"
+        ) from error

@@ -36,8 +36,8 @@ def run(main: Callable[[], int | None]) -> None:
     """
     try:
         status = main() or EXIT_OK
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         status = EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:

@@ -6,128 +6,24 @@ Arrays are (C, X, Y, Z), RAS+, intensities in [0, 1]. Order, crops and everythin
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
+import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from itertools import islice
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from amaes import rng
-from amaes.files import write_json
+from amaes import backend, rng
+from amaes.files import read_json, write_json
+from amaes.store import Case, Store
+from amaes.workers import Watch, read_on
 
-STORE_FORMAT = "amaes-store-1"
 SPLITS_FORMAT = "amaes-splits-1"
-
-
-# Store ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    """One entry of a store: what `dataset.json` says of it."""
-
-    id: str
-    subject: str
-    labelled: bool
-    shape: tuple[int, int, int]  # voxels of the preprocessed volume
-    session: str | None = None
-    sequence: str | None = None
-
-
-class Store:
-    """A folder written by `amaes.preprocess`, read through memory maps.
-
-    Attributes:
-        path: the folder.
-        cases: sorted by id.
-        channels: names, in the order of the arrays' first axis.
-        labels: value to name, {0: "background", ...}; empty where no case has a label.
-        config: the preprocessing configuration as plain data.
-
-    Raises:
-        FileNotFoundError: no store there.
-        ValueError: not a store of this version, or an id that leads out of the folder.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        index = self.path / "dataset.json"
-        if not index.is_file():
-            raise FileNotFoundError(
-                f"{self.path}: no store there (dataset.json not found); write one with python -m amaes.preprocess"
-            )
-        try:
-            content = json.loads(index.read_text())
-        except ValueError as error:
-            raise ValueError(f"{index}: not JSON ({error})") from None
-        if not isinstance(content, dict) or content.get("format") != STORE_FORMAT:
-            found = content.get("format") if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{index}: format {found!r}, expected {STORE_FORMAT!r}")
-        try:
-            self.channels = [str(name) for name in content["channels"]]
-            self.labels = {int(value): str(name) for value, name in content["labels"].items()}
-            self.config = dict(content["config"])
-            self.cases = [_case(entry, index) for entry in content["cases"]]
-            digest = [content["config_hash"], self.channels, content["labels"], [astuple(case) for case in self.cases]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not a store's index ({type(error).__name__}: {error})") from None
-        self._index = {case.id: i for i, case in enumerate(self.cases)}
-        self.fingerprint = hashlib.sha256(json.dumps(digest, sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def num_classes(self) -> int:
-        """Output channels of a segmentation network: the largest label value + 1."""
-        return max(self.labels, default=0) + 1
-
-    def index(self, id: str) -> int:
-        """Position of a case among the sorted cases."""
-        if id not in self._index:
-            raise ValueError(f"{self.path}: has no case {id!r}")
-        return self._index[id]
-
-    def image(self, id: str) -> np.ndarray:
-        """The memory-mapped volume of a case: (C, X, Y, Z), float32 or float16, [0, 1]."""
-        return _open(self._file(id, ".npy"), (len(self.channels), *self.cases[self.index(id)].shape), np.floating)
-
-    def label(self, id: str) -> np.ndarray:
-        """The memory-mapped label of a case: (X, Y, Z), uint8."""
-        return _open(self._file(id, "_label.npy"), self.cases[self.index(id)].shape, np.integer)
-
-    def properties(self, id: str) -> dict:
-        """What preprocessing recorded of a case."""
-        return json.loads(self._file(id, ".json").read_text())
-
-    def _file(self, id: str, suffix: str) -> Path:
-        return self.path / "cases" / f"{id}{suffix}"
-
-
-def _case(entry: dict, index: Path) -> Case:
-    parts = PurePosixPath(entry["id"])
-    if parts.is_absolute() or ".." in parts.parts or "\\" in entry["id"]:
-        raise ValueError(f"{index}: the id {entry['id']!r} leads out of the store")
-    return Case(
-        id=entry["id"],
-        subject=entry["subject"],
-        labelled=bool(entry["labelled"]),
-        shape=tuple(entry["shape"]),
-        session=entry.get("session"),
-        sequence=entry.get("sequence"),
-    )
-
-
-def _open(path: Path, shape: tuple[int, ...], kind: type) -> np.ndarray:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing from the store")
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.shape != shape or not np.issubdtype(array.dtype, kind):
-        raise ValueError(f"{path}: holds {array.dtype} {array.shape}, expected {kind.__name__} {shape}")
-    return array
 
 
 # Splits ---------------------------------------------------------------------------------------------------------------
@@ -221,11 +117,12 @@ def saved_split(store: Store, name: str, make: Callable[[], object], by_subject:
     path = store.path / "splits.json"
     content = {"format": SPLITS_FORMAT, "splits": {}}
     if path.is_file():
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}); delete it to draw splits again") from None
-        if not isinstance(content, dict) or content.get("format") != SPLITS_FORMAT:
+        content = read_json(path)
+        if (
+            not isinstance(content, dict)
+            or content.get("format") != SPLITS_FORMAT
+            or not isinstance(content.get("splits"), dict)
+        ):
             raise ValueError(f"{path}: not a file of splits ({SPLITS_FORMAT}); delete it to draw them again")
     name = f"{name}, store {store.fingerprint}"  # a store that has changed gets new splits, the old ones stay on record
     if name not in content["splits"]:
@@ -234,6 +131,10 @@ def saved_split(store: Store, name: str, make: Callable[[], object], by_subject:
             write_json(path, content)
     split = content["splits"][name]
     parts = split if isinstance(split, list) else [split]
+    if not parts or not all(_is_split(part) for part in parts):
+        raise ValueError(
+            f"{path}: split {name!r} is not two lists of ids, train and another; delete it to draw it again"
+        )
     subject = {case.id: case.subject for case in store.cases}
     missing = sorted({id for part in parts for side in part.values() for id in side} - set(subject))
     if missing:
@@ -247,6 +148,15 @@ def saved_split(store: Store, name: str, make: Callable[[], object], by_subject:
                 f"{path}: split {name!r} has subject {min(train & other)} on both sides; delete it to draw it again"
             )
     return split
+
+
+def _is_split(part: object) -> bool:
+    """{"train": ids, "validation" or "test": ids}."""
+    return (
+        isinstance(part, dict)
+        and set(part) in ({"train", "validation"}, {"train", "test"})
+        and all(isinstance(side, list) and all(isinstance(id, str) for id in side) for side in part.values())
+    )
 
 
 # Patches --------------------------------------------------------------------------------------------------------------
@@ -265,6 +175,8 @@ class Patches(Dataset):
             hugs the middle of volumes hardly larger than the window), "patch" places the patch uniformly.
         labels: also read the label.
         foreground: probability that the patch is placed around a random foreground voxel (needs labels, crop "patch").
+        replace_by: positions of the cases of which another is drawn where one cannot be read; None stops there.
+            Which one follows from (seed, epoch, case), and so does its crop: the sample keeps its random streams.
     """
 
     def __init__(
@@ -278,6 +190,7 @@ class Patches(Dataset):
         crop: str = "patch",
         labels: bool = False,
         foreground: float = 0.0,
+        replace_by: Sequence[int] | None = None,
     ) -> None:
         if crop not in CROPS:
             raise ValueError(f"crop {crop!r} is unknown; accepted: {', '.join(CROPS)}")
@@ -285,26 +198,54 @@ class Patches(Dataset):
         self.patch = tuple(patch_size)
         self.window = tuple(window_size or patch_size)
         self.seed, self.purpose, self.crop, self.labels, self.foreground = seed, purpose, crop, labels, foreground
-        self._foreground_of = lru_cache(maxsize=256)(self._read_foreground)
+        self.replace_by = None if replace_by is None else np.asarray(replace_by)
+        self._foreground: dict[str, tuple[np.ndarray, list[np.ndarray]]] = {}  # of the cases read last
+
+    def sample_bytes(self) -> int:
+        """Memory that one sample takes at most: float32 image, uint8 label."""
+        return (4 * len(self.store.channels) + self.labels) * math.prod(self.window)
 
     def __getitem__(self, where: tuple[int, int]) -> dict | Exception:
-        """{"image": (C, *window), "epoch", "case"} and with labels "label": (*window), uint8; or what went wrong."""
+        """{"image": (C, *window), "epoch", "case", "read", "bad"} and with labels "label": (*window); or an error.
+
+        "read" is the case whose voxels these are: another than "case" where that could not be read; "bad" says so.
+        """
         epoch, index = where
-        case = self.store.cases[index]
-        try:
-            start = self._start(rng.stream(self.seed, epoch, index, self.purpose), case)
-            image = read_window(self.store.image(case.id), start, self.window, self._fill(case))
-            if not np.isfinite(image).all():
-                raise ValueError("its image holds values that are not finite")
-            item = {"image": torch.from_numpy(image), "epoch": epoch, "case": index}
-            if self.labels:
-                label = read_window(self.store.label(case.id)[None], start, self.window, 0)
-                if label.max() >= self.store.num_classes:
-                    raise ValueError(f"label value {label.max()}, the store has 0 to {self.store.num_classes - 1}")
-                item["label"] = torch.from_numpy(label[0])
-            return item
-        except Exception as error:  # handed to the training process, which names the case instead of a dead worker
-            return ValueError(f"case {case.id} of {self.store.path}: {error}")
+        bad = []
+        for position in self._in_turn(epoch, index):
+            case = self.store.cases[position]
+            try:
+                found = {"read": position, "bad": [f"{text}; {case.id} in its place" for text in bad]}
+                return self._read(epoch, index, case) | found
+            except Exception as error:  # handed to the training process, which names the case instead of a dead worker
+                told = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+                bad.append(f"case {case.id} of {self.store.path}: {told}")
+                if _of_the_machine(error):
+                    return ValueError(bad[-1])
+        if self.replace_by is None:
+            return ValueError(f"{bad[0]} (--on-bad-case skip takes another case instead)")
+        return ValueError(f"{len(bad)} cases in a row cannot be read, too many to go on: {'; '.join(bad)}")
+
+    def _in_turn(self, epoch: int, index: int) -> Iterator[int]:
+        """The case asked for, then those that may stand in for it."""
+        yield index
+        if self.replace_by is not None:
+            order = rng.stream(self.seed, epoch, index, f"{self.purpose} in place").permutation(self.replace_by)
+            yield from islice((int(other) for other in order if other != index), BAD_IN_A_ROW - 1)
+
+    def _read(self, epoch: int, index: int, case: Case) -> dict:
+        """The sample (epoch, index), its voxels taken from `case`."""
+        start = self._start(rng.stream(self.seed, epoch, index, self.purpose), case)
+        image = read_window(self.store.image(case.id), start, self.window, self._fill(case))
+        if not np.isfinite(image).all():
+            raise ValueError("its image holds values that are not finite")
+        item = {"image": torch.from_numpy(image), "epoch": epoch, "case": index}
+        if self.labels:
+            label = read_window(self.store.label(case.id)[None], start, self.window, 0)
+            if label.max() >= self.store.num_classes:
+                raise ValueError(f"label value {label.max()}, the store has 0 to {self.store.num_classes - 1}")
+            item["label"] = torch.from_numpy(label[0])
+        return item
 
     def _start(self, generator: np.random.Generator, case: Case) -> list[int]:
         """First voxel of the window per axis, negative where it begins outside the volume."""
@@ -326,7 +267,11 @@ class Patches(Dataset):
 
     def _foreground_voxel(self, generator: np.random.Generator, case: Case) -> np.ndarray | None:
         """A voxel of the foreground, uniform over all its classes together; None where the label is empty."""
-        shares, voxels = self._foreground_of(case.id)
+        if case.id not in self._foreground:
+            if len(self._foreground) == 256:
+                self._foreground.clear()
+            self._foreground[case.id] = self._read_foreground(case.id)
+        shares, voxels = self._foreground[case.id]
         if not voxels:
             return None
         chosen = voxels[generator.choice(len(voxels), p=shares)]
@@ -349,6 +294,14 @@ class Patches(Dataset):
 
 
 CROPS = ("window", "patch")
+
+# Of 100 visits to a bad case, 6 end the run where half of the cases are bad, 0.01 where a tenth is, none below.
+BAD_IN_A_ROW = 5
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Whether memory or file handles have run out, which is no fault of the case."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def read_window(array: np.ndarray, start: Sequence[int], size: Sequence[int], fill: float) -> np.ndarray:
@@ -419,23 +372,47 @@ def loader(patches: Patches, batches: Batches | Sequence, workers: int, pin_memo
     """Batches of patches, read ahead by `workers` processes.
 
     Returns:
-        {"image": (B, C, *window), "epoch": list, "case": list} and with labels "label": (B, *window), per batch.
+        {"image": (B, C, *window), "epoch", "case", "read", "bad": lists} and with labels "label": (B, *window), per
+        batch; "bad" has a line for each case that could not be read and was replaced (`Patches`).
 
     Raises:
         ValueError: (while iterating) names the case that could not be read.
+        ChildProcessError: (while iterating) a worker was killed; says by what, what was read, what may help.
+        OSError: (while iterating) a batch does not fit into shared memory.
     """
+    asked: deque[list[tuple[int, int]]] = deque()  # batches that have not arrived
+
+    def noted() -> Iterator[list[tuple[int, int]]]:
+        for batch in batches:
+            asked.append(batch)
+            yield batch
+
     source = DataLoader(
         patches,
-        batch_sampler=batches,
+        batch_sampler=noted(),
         num_workers=workers,
+        worker_init_fn=read_on,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=backend.PREFETCH if workers else None,
     )
-    for batch in source:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    with Watch() as watch:
+        arriving = iter(source)
+    try:
+        while True:
+            try:
+                batch = next(arriving, None)
+            except Exception as error:
+                reading = dict.fromkeys(patches.store.cases[case].id for batch in asked for _, case in batch)
+                raise watch.explained(error, list(reading)) from error
+            if batch is None:
+                return
+            if isinstance(batch, Exception):
+                raise batch
+            asked.popleft()
+            yield batch
+    finally:
+        del arriving  # ends the workers now, whoever still holds this frame
 
 
 def _collate(items: list[dict | Exception]) -> dict | Exception:
@@ -443,4 +420,15 @@ def _collate(items: list[dict | Exception]) -> dict | Exception:
         if isinstance(item, Exception):
             return item
     batch = {key: [item[key] for item in items] for key in items[0]}
-    return {key: torch.stack(values) if key in ("image", "label") else values for key, values in batch.items()}
+    batch["bad"] = [text for texts in batch["bad"] for text in texts]
+    try:
+        return {key: _stack(values) if key in ("image", "label") else values for key, values in batch.items()}
+    except (RuntimeError, MemoryError) as error:  # of a worker that may not have the memory it asks for
+        return OSError(f"no memory for a batch of patches ({str(error).splitlines()[0]}); {backend.memory_advice()}")
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """(B, ...); in a worker straight into shared memory, so that a lack of it is an error here and not later."""
+    if len({tensor.dtype for tensor in tensors}) > 1:  # float16 and float32 stores, in one batch
+        tensors = [tensor.float() for tensor in tensors]
+    return default_collate(tensors)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world`, `local_rank` of `local_world` on this machine, and its device."""
+    """This process among all: `rank` of `world`, `local_rank` of `local_world` on this machine, and its device.
+
+    `restarts` counts how often torchrun has started the ranks again (--max-restarts).
+    """
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
+    restarts: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -47,9 +52,10 @@ def setup(device: str = "auto") -> Ranks:
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
     if world > 1:
-        backend = "nccl" if where.type == "cuda" else "gloo"
+        # Hosts agree over gloo on CUDA as well: what they ask each other must not wait for the devices.
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return Ranks(rank, world, local_rank, local_world, where)
+    return Ranks(rank, world, local_rank, local_world, where, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
 def pick_device(name: str) -> torch.device:
@@ -59,17 +65,35 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def wrap(network: nn.Module, ranks: Ranks, compiler: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, Callable]:
-    """The network to call in training: network, then DDP where there are ranks, then compilation.
+class Wrapped(NamedTuple):
+    """A network as training calls it.
 
-    Returns:
-        The wrapped network, and `gradients(sync)`, the context of a backward pass: False leaves out the all-reduce.
+    Attributes:
+        model: the network, DDP around it where there are ranks, compiled.
+        gradients: `gradients(sync)` is the context of forward and backward pass; False leaves out the all-reduce.
+        all_reduce_ms: milliseconds of the all-reduce of the last step that DDP measured (one in a hundred), most of it
+            beside the backward pass; None where there is none.
     """
+
+    model: Callable
+    gradients: Callable[..., contextlib.AbstractContextManager]
+    all_reduce_ms: Callable[[], float | None]
+
+
+def wrap(network: nn.Module, ranks: Ranks, compiler: Callable[[nn.Module], nn.Module]) -> Wrapped:
+    """The network to call in training: network, then DDP where there are ranks, then compilation."""
     if ranks.world == 1:
-        return compiler(network), lambda sync: contextlib.nullcontext()
+        return Wrapped(compiler(network), lambda sync: contextlib.nullcontext(), lambda: None)
     ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
     parallel = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
-    return compiler(parallel), lambda sync: contextlib.nullcontext() if sync else parallel.no_sync()
+
+    def all_reduce_ms() -> float | None:
+        nanoseconds = parallel._get_ddp_logging_data().get("backward_comm_time")
+        return None if nanoseconds is None else nanoseconds / 1e6
+
+    return Wrapped(
+        compiler(parallel), lambda sync: contextlib.nullcontext() if sync else parallel.no_sync(), all_reduce_ms
+    )
 
 
 def shutdown() -> None:

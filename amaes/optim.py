@@ -75,3 +75,16 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every parameter group the learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, network: torch.nn.Module) -> torch.Tensor:
+    """Make the next `optimizer.step()` do nothing if a gradient is NaN or infinite, without waiting for the device.
+
+    The fused optimizers read the flag where they run, as they do for loss scaling.
+
+    Returns:
+        The flag, a scalar: 1 where the step will be left out, else 0.
+    """
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    optimizer.found_inf = (~torch.nn.utils.get_total_norm(gradients).isfinite()).float()
+    return optimizer.found_inf

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
 
 
 _ENCODER_OPTIONS = {
-    "merging": "order of sub-grids in swin_unetr (default: fixed; legacy: weights from before MONAI 1.5)",
+    "merging": "order of sub-grids in Swin encoders (default: fixed; legacy: weights from before MONAI 1.5)",
     "grn": "what MedNeXt-v2's response norm divides by, over channels (default: mean, as the authors' code)",
 }
 
@@ -57,7 +58,16 @@ def _accumulate(text: str) -> int | str:
     return text if text == "auto" else cli.positive_int(text)
 
 
-AUGMENT_HELP = "of amaes.augment.Options, e.g. order=3 bias=exp rotation_degrees=-15,15 mirror=0.5"
+def add_augment_options(add: Callable) -> None:
+    """--augment-options, where `add` adds an option."""
+    add(
+        "--augment-options",
+        type=augment_option,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of amaes.augment.Options, e.g. order=3 bias=exp rotation_degrees=-15,15 mirror=0.5",
+    )
 
 
 def augment_option(text: str) -> tuple[str, object]:
@@ -104,8 +114,8 @@ _AS_DEFAULT = {
 }
 
 
-def add_run_options(parser: cli.Parser, out: str, save_every: int) -> None:
-    """Where the run goes, what it runs on, and what it writes."""
+def add_run_options(parser: cli.Parser, out: str, save_every: int) -> Callable:
+    """Where the run goes, what it runs on, and what it writes; returns what adds an option to these."""
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, default=Path(out), metavar="RUN", help="folder of the run")
     add("--resume", choices=["auto", "never"], default="auto", help="continue the run found in --out, or refuse it")
@@ -114,11 +124,26 @@ def add_run_options(parser: cli.Parser, out: str, save_every: int) -> None:
     add("--workers", type=cli.non_negative_int, default=2, help="processes per rank that read patches")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 autocast on CUDA, fp32 on the CPU")
+    add("--on-nan", choices=["stop", "skip"], default="stop", help="a step whose gradient is not finite (few may be)")
+    add(
+        "--on-bad-case",
+        choices=["stop", "skip"],
+        default="stop",
+        help="a case that cannot be read; skip: another one takes its place, counted, as long as they are few",
+    )
     add("--checkpoint-activations", action="store_true", help="less memory, more time: run stages again to go back")
     add("--compile", choices=COMPILE_CHOICES, default="auto", help="torch.compile; auto: on CUDA where it works")
     add("--log-every", type=cli.positive_int, default=10, metavar="STEPS", help="steps between lines of metrics.jsonl")
     add("--save-every", type=cli.positive_int, default=save_every, metavar="STEPS", help="steps between checkpoints")
+    add(
+        "--save-minutes",
+        type=cli.positive_float,
+        default=15.0,
+        metavar="MINUTES",
+        help="longest time between checkpoints",
+    )
     add("--keep", type=cli.positive_int, default=2, metavar="N", help="newest checkpoints that are kept")
+    return add
 
 
 def parse(parser: cli.Parser, task: str, argv: list[str] | None = None) -> argparse.Namespace:

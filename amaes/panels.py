@@ -15,8 +15,8 @@ def check_matplotlib(option: str) -> None:
     """Refuse `option` where matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError(f"{option}: needs matplotlib: pip install 'amaes[plots]'") from None
+    except ImportError as error:  # of matplotlib itself, or of what it needs
+        raise ValueError(f"{option}: needs matplotlib ({error}): pip install 'amaes[plots]'") from None
 
 
 def save_panels(path: Path, images: Mapping[str, torch.Tensor], rows: Sequence[str], heading: str) -> None:

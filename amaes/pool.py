@@ -18,8 +18,8 @@ from amaes import rng
 from amaes.data import Batches
 from amaes.store import Store
 
-# What decides how a network sees a scan. Stores may differ in all else: label maps, what was refused, ...
-_SAME = ("spacing", "normalization", "crop_from", "crop_extra_plane", "background_to_min", "dtype")
+# What decides how a network sees a scan. Stores may differ in all else: label maps, precision, what was refused, ...
+_SAME = ("spacing", "normalization", "crop_from", "crop_extra_plane", "background_to_min")
 _PLACEHOLDER = re.compile(r"label_\d+")  # the name that preprocessing gives to a value without one
 
 

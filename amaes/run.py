@@ -1,4 +1,4 @@
-"""The folder of a training run: its configuration, its metrics, and how long each part of a step takes."""
+"""The folder of a training run: its configuration, its metrics, and what its checkpoints hold."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import json
 import math
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 
@@ -21,24 +19,20 @@ import numpy as np
 import scipy
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import amaes
 from amaes import checkpoint, distributed
-from amaes.data import Store
+from amaes.data import Batches, Store
 from amaes.files import write_json, write_text
 from amaes.options import as_plain
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-# What may differ when a run is continued: none of it changes the sequence of patches, draws and masks.
+# What may differ when a run is continued: none of it changes the sequence of patches, draws and masks, but for what is
+# done about a case or a loss that would have ended the run.
 MAY_CHANGE = frozenset(
     (
         *("out", "data", "weights", "fold", "resume", "overwrite", "keep", "log_every", "save_every", "val_every"),
-        *("workers", "device", "compile", "accumulate", "checkpoint_activations"),
+        *("save_minutes", "workers", "device", "compile", "accumulate", "checkpoint_activations"),
+        *("on_nan", "on_bad_case", "panels_every", "benchmark", "pretrain_data", "strict_leakage", "near_duplicates"),
     )
 )
 
@@ -54,6 +48,7 @@ def open_run(
     chosen: dict,
     resume: str = "auto",
     overwrite: bool = False,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Create the folder of a run, or check that a run found there is the same one.
 
@@ -65,6 +60,7 @@ def open_run(
         chosen: what was settled for this machine at the first start and holds as long as the number of ranks does.
         resume: "auto" continues a run found there, "never" refuses it.
         overwrite: delete what a run left there, and start over.
+        log: is told what a user should know of the run that continues.
 
     Returns:
         `chosen`, or that of the run being continued if it has the same "world".
@@ -87,6 +83,10 @@ def open_run(
         _compare(folder, old["options"], json.loads(json.dumps(options)), "--{}")
         _compare(folder, old["record"], json.loads(json.dumps(record)), "{}")
         if old["chosen"]["world"] != chosen["world"]:
+            log(
+                f"the run had {old['chosen']['world']} ranks, now {chosen['world']}: cases, draws and masks stay the "
+                "same, sums of gradients are rounded differently"
+            )
             old["chosen"] = chosen
         old["starts"].append(started)
         write_json(path, old)
@@ -132,12 +132,15 @@ def _may_lie_in(entry: Path) -> bool:
 
 def _clear(folder: Path) -> None:
     """Delete what a run leaves, config.json last: killed on the way, the folder is still a run."""
-    for sub in (folder / "checkpoints", *folder.glob("fold[0-9]*")):
+    for sub in (folder / "checkpoints", folder / "panels", *folder.glob("fold[0-9]*")):
         if sub.is_symlink():
             sub.unlink()
         elif sub.is_dir():
             shutil.rmtree(sub)
-    for name in ("metrics.jsonl", "summary.json", "summary.md", "config.json"):
+    for pattern in ("not-finite-step-*.json", "summary*.json", "summary*.md"):
+        for left in folder.glob(pattern):
+            left.unlink()
+    for name in ("metrics.jsonl", "leakage.json", "config.json"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -236,95 +239,6 @@ def _short(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-class Clock:
-    """Milliseconds per part of a step, measured without synchronising the device until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._host: dict[str, float] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._steps = 0
-        self._wall = 0.0
-        self.start()
-
-    def start(self) -> None:
-        """Go on measuring from here; what was done since the last step does not count."""
-        self._began = self._last = time.perf_counter()
-        self._mark = self._record()
-
-    def lap(self, part: str, on_host: bool = False) -> None:
-        """Add the time since the last call to `part`; `on_host` for what the host waits for, on CUDA too."""
-        now, mark = time.perf_counter(), self._record()
-        if self._cuda and not on_host:
-            self._events.append((part, self._mark, mark))
-        else:
-            self._host[part] = self._host.get(part, 0.0) + now - self._last
-        self._last, self._mark = now, mark
-
-    def step(self) -> None:
-        """A step has ended."""
-        now = time.perf_counter()
-        self._wall += now - self._began
-        self._began = now
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """Mean milliseconds per step and part, and "wall" over all, since the last reading. Synchronises CUDA."""
-        parts = dict(self._host)
-        wall = self._wall
-        if self._cuda:
-            torch.cuda.synchronize()
-            for part, begin, end in self._events:
-                parts[part] = parts.get(part, 0.0) + begin.elapsed_time(end) / 1000
-            wall += time.perf_counter() - self._began  # the device finishes what the host has asked for
-        parts["wall"] = wall
-        means = {part: 1000 * seconds / max(1, self._steps) for part, seconds in parts.items()}
-        self._host, self._events, self._steps, self._wall = {}, [], 0, 0.0
-        self.start()
-        return means
-
-    def _record(self) -> torch.cuda.Event | None:
-        if not self._cuda:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def peak_gb(device: torch.device) -> float:
-    """Largest memory so far, GB: of the GPU, or of this process on the CPU (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
-        return 0.0
-    kilo = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9
-
-
-class StopRequest:
-    """Ctrl-C or SIGTERM as a flag, so that the step under way is finished and saved."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.requested:  # asked twice: stop at once
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def agreed(self, step: int, ranks: distributed.Ranks) -> bool:
-        """Whether to stop after this step. Several ranks must agree: after every step on the CPU, every tenth on CUDA,
-        where asking waits for the device."""
-        if ranks.world == 1:
-            return self.requested
-        if ranks.device.type == "cuda" and step % 10:
-            return False
-        self.requested = bool(distributed.sum_over_ranks(torch.tensor(float(self.requested), device=ranks.device)))
-        return self.requested
-
-
 def restore(
     folder: Path,
     network: nn.Module,
@@ -351,90 +265,20 @@ def restore(
     return content["step"]
 
 
-def _not_finite(step: int, what: str) -> str:
-    return f"step {step}: {what}; not saved, what was saved before is sound; a lower --lr may help"
-
-
-class Progress:
-    """The loss so far, where the time goes, and the lines that say so: tqdm and `metrics.jsonl`, on rank 0.
+def describe_step(order: Batches, store: Store, draw: Callable[..., object], step: int) -> dict:
+    """What a step was made of: its samples, and the draws of their augmentation, as plain data.
 
     Args:
-        folder: where metrics.jsonl is.
-        ranks: this process among all.
-        step, total: where the run begins and ends.
-        every: steps between lines.
-        batch_size: patches per step over all ranks.
+        order: of the run.
+        store: the cases.
+        draw: what is drawn for a batch of (epochs, positions of cases in the store, channels): an object with fields.
+        step: counted from 1, as in metrics.jsonl.
     """
-
-    def __init__(
-        self, folder: Path, ranks: distributed.Ranks, step: int, total: int, every: int, batch_size: int
-    ) -> None:
-        self._ranks, self._every, self._batch_size = ranks, every, batch_size
-        self._loss = torch.zeros((), device=ranks.device)
-        self._since = step
-        self._metrics = Metrics(folder / "metrics.jsonl", step) if ranks.is_main else None
-        self._total = total
-        self._terminal = ranks.is_main and sys.stderr.isatty()
-        self._said = 0.0  # when the last line went to a log file
-        self._bar = tqdm(total=total, initial=step, unit="step", disable=not self._terminal, dynamic_ncols=True)
-        self.clock = Clock(ranks.device)
-
-    def add(self, loss: torch.Tensor) -> None:
-        """Count a (micro-)step's share of the loss, without waiting for the device."""
-        self._loss += loss.detach()
-
-    def report(self, step: int, lr: float, network: nn.Module) -> None:
-        """End a step; every so many, write the mean loss since the last line, gradient norm, speed and memory.
-
-        Raises:
-            ValueError: the loss is not finite.
-        """
-        self.clock.step()
-        self._bar.update()
-        if step % self._every and step != self._total:
-            return
-        loss = (distributed.sum_over_ranks(self._loss) / self._ranks.world / (step - self._since)).item()
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item()
-        parts = self.clock.read()
-        speed = 1000 * self._batch_size / parts["wall"]
-        self.write(
-            step=step,
-            loss=loss,
-            lr=lr,
-            grad_norm=norm,
-            patches_per_s=speed,
-            gb=peak_gb(self._ranks.device),
-            **{f"{part}_ms": value for part, value in parts.items()},
-        )
-        waiting = 100 * parts.get("data", 0.0) / parts["wall"]
-        line = f"loss {loss:.4f}, {speed:.1f} patches/s, waiting for data {waiting:.0f} %"
-        self._bar.set_postfix_str(line)
-        if self._ranks.is_main and not self._terminal and (time.monotonic() - self._said > 10 or step == self._total):
-            left = timedelta(seconds=round((self._total - step) * parts["wall"] / 1000))
-            tqdm.write(f"step {step} of {self._total}: {line}, {left} left")
-            self._said = time.monotonic()
-        self._loss = torch.zeros_like(self._loss)
-        self._since = step
-        if not math.isfinite(loss):
-            raise ValueError(_not_finite(step, f"the loss is {loss}"))
-
-    def check_before_saving(self, step: int, network: nn.Module) -> None:
-        """Refuse to save what has gone wrong since the last line. Waits for the device.
-
-        Raises:
-            ValueError: the loss or a weight is not finite.
-        """
-        loss = distributed.sum_over_ranks(self._loss.clone()).item()
-        size = torch.nn.utils.get_total_norm(list(network.parameters())).item()
-        if not math.isfinite(loss) or not math.isfinite(size):
-            raise ValueError(_not_finite(step, f"sum of losses {loss}, norm of weights {size}"))
-
-    def write(self, **values) -> None:
-        """A line of metrics.jsonl, on rank 0."""
-        if self._metrics is not None:
-            self._metrics.write(**values)
-
-    def close(self) -> None:
-        """End the progress bar."""
-        self._bar.close()
+    samples = order.of_step(step - 1)
+    draws = draw([epoch for epoch, _ in samples], [case for _, case in samples], len(store.channels))
+    return {
+        "seed": order.seed,
+        "store": str(store.path),
+        "samples": [{"epoch": epoch, "case": store.cases[case].id} for epoch, case in samples],
+        "draws": {name: np.asarray(value).tolist() for name, value in vars(draws).items()},
+    }

@@ -42,9 +42,7 @@ class SupervisedSegmentation:
         image, label = (batch[name].to(device, non_blocking=True) for name in ("image", "label"))
         if training:
             image, label = self.augment(image, label, self.draw(batch["epoch"], batch["case"], image.shape[1]))
-        tables, allowed = (
-            rows.to(device, non_blocking=True) for rows in self.classes.rows(batch["read"])
-        )
+        tables, allowed = (rows.to(device, non_blocking=True) for rows in self.classes.rows(batch["read"]))
         label = tables.gather(1, label.flatten(1).long()).view(label.shape)
         return image.float(), (label, allowed)
 

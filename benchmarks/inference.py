@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from amaes import cli
 from amaes.distributed import pick_device
 from amaes.inference import sliding_window, window_starts, window_weight
-from amaes.run import peak_gb
+from amaes.progress import peak_gb
 
 
 def parse_options() -> argparse.Namespace:

@@ -53,7 +53,7 @@ def test_saved_bytes_equal_what_autograd_keeps():
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         network(torch.rand(shape))
-    assert expected == pytest.approx(kept, rel=0.01)
+    assert kept <= expected <= 1.15 * kept  # meta counts the decoder in two steps, the CPU fuses the finest of them
 
 
 def test_micro_batches_shrink_until_they_fit(monkeypatch):
@@ -91,3 +91,63 @@ def test_devices(monkeypatch):
     assert pick_device("auto") == CPU
     with pytest.raises(ValueError, match="--device cuda: no usable GPU found"):
         pick_device("cuda")
+
+
+class Volume:
+    """What statvfs says of a file system: blocks of 4096 bytes."""
+
+    f_frsize = 4096
+
+    def __init__(self, free):
+        self.f_bavail = free // 4096
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """Function: pretend that so many bytes of /dev/shm and of memory are free."""
+
+    def pretend(shared, memory):
+        monkeypatch.setattr(backend, "SHARED_MEMORY", tmp_path)
+        monkeypatch.setattr(backend.os, "statvfs", lambda path: Volume(shared))
+        monkeypatch.setattr(backend, "memory_of", lambda device, local_world=1: (memory, memory))
+
+    return pretend
+
+
+def test_batches_that_fit_into_shared_memory_are_no_complaint(host):
+    host(shared=5 << 30, memory=1 << 40)
+    assert backend.check_shared_memory(2, 1 << 30) is None  # 2 workers x 2 batches + 1 in use = 5
+    assert backend.check_shared_memory(0, 1 << 40) is None
+    host(shared=(5 << 30) - 4096, memory=1 << 40)
+    assert backend.check_shared_memory(2, 1 << 30) is not None
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch", "prefetch", "ranks", "flag"),
+    [
+        (2, 10 << 20, 2, 2, "--shm-size=1g"),  # 100 MiB
+        (4, 256 << 20, 2, 1, "--shm-size=3g"),  # 2.25 GiB
+        (1, 1 << 30, 2, 1, "--shm-size=4g"),  # 3 GiB, and room for others
+        (8, 64 << 20, 4, 8, "--shm-size=17g"),  # 16.5 GiB
+    ],
+)
+def test_too_little_shared_memory_names_the_size_to_ask_for(host, workers, batch, prefetch, ranks, flag):
+    host(shared=64 << 20, memory=1 << 40)  # what docker gives
+    line = backend.check_shared_memory(workers, batch, prefetch, ranks)
+    assert f"docker run {flag} or --ipc=host" in line
+    assert f"{workers} --workers of {ranks} ranks" in line
+    assert "0.1 GB free" in line
+    assert "\n" not in line
+
+
+def test_too_little_memory_behind_enough_shared_memory_is_told(host):
+    host(shared=1 << 40, memory=4 << 30)
+    assert "4.3 GB of memory are free" in backend.check_shared_memory(2, 1 << 30)
+
+
+def test_advice_says_what_is_free(host, monkeypatch):
+    host(shared=64 << 20, memory=4 << 30)
+    assert backend.memory_advice().startswith("free now: 4.3 GB of memory and 0.1 GB of ")
+    monkeypatch.setattr(backend, "memory_of", lambda device, local_world=1: (None, None))
+    monkeypatch.setattr(backend, "free_shared_memory", lambda: None)
+    assert backend.memory_advice().startswith("free now: unknown; what helps: --workers 0")

@@ -100,9 +100,9 @@ def test_stores_of_other_preparation_are_refused_with_both_values(tmp_path, chan
         open_stores((first, second))
 
 
-def test_label_maps_may_differ_and_no_store_may_come_twice(tmp_path):
+def test_label_maps_and_precision_may_differ_and_no_store_may_come_twice(tmp_path):
     first, second = make_pair(tmp_path)
-    edit(second, lambda c: c["config"].update(label_map={"4": 3}, min_axis=15))
+    edit(second, lambda c: c["config"].update(label_map={"4": 3}, min_axis=15, dtype="float16"))
     edit(second, lambda c: c.update(channels=["FLAIR"]))
     assert open_stores((first, second)).channels == ["C0+FLAIR"]
     with pytest.raises(ValueError, match="first: given twice"):

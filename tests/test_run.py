@@ -1,13 +1,10 @@
 import json
-import os
-import signal
-import time
 
 import pytest
 import torch
 
 from amaes import distributed, run
-from amaes.run import Clock, Metrics, Progress, StopRequest
+from amaes.run import Metrics
 
 CHOSEN = {"accumulate": 1, "world": 1}
 
@@ -101,74 +98,3 @@ def test_metrics_after_the_step_are_dropped_with_a_line_cut_short(tmp_path):
         {"step": 10, "loss": 1},
         {"step": 20, "loss": 0.123457, "note": "x"},
     ]
-
-
-def test_clock_means_per_step_and_leaves_out_pauses():
-    clock = Clock(torch.device("cpu"))
-    for _ in range(2):
-        time.sleep(0.01)
-        clock.lap("data", on_host=True)
-        time.sleep(0.03)
-        clock.lap("step")
-        clock.step()
-        time.sleep(0.1)  # validation, saving
-        clock.start()
-    means = clock.read()
-    assert 10 <= means["data"] < 30
-    assert 30 <= means["step"] < 60
-    assert means["wall"] == pytest.approx(means["data"] + means["step"], rel=0.1)
-    assert clock.read() == {"wall": 0.0}
-
-
-def test_progress_writes_the_mean_loss_and_stops_on_nan(tmp_path):
-    network = torch.nn.Linear(2, 1)
-    network(torch.ones(1, 2)).sum().backward()
-    progress = Progress(tmp_path, ALONE, step=0, total=4, every=2, batch_size=3)
-    for step, loss in enumerate((1.0, 3.0), 1):
-        progress.add(torch.tensor(loss))
-        progress.report(step, 0.1, network)
-    line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert (line["step"], line["loss"], line["lr"]) == (2, 2.0, 0.1)
-    assert line["grad_norm"] == pytest.approx(3**0.5, rel=1e-5)
-    progress.add(torch.tensor(float("nan")))
-    progress.report(3, 0.1, network)
-    with pytest.raises(ValueError, match="step 3: sum of losses nan"):
-        progress.check_before_saving(3, network)
-    with pytest.raises(ValueError, match="step 4: the loss is nan"):
-        progress.report(4, 0.1, network)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["loss"] is None
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    network = torch.nn.Linear(2, 1)
-    progress = Progress(tmp_path, ALONE, step=0, total=4, every=2, batch_size=3)
-    progress.check_before_saving(1, network)
-    with torch.no_grad():
-        network.weight[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="step 1: .* norm of weights inf"):
-        progress.check_before_saving(1, network)
-
-
-def test_the_last_step_is_always_written(tmp_path):
-    network = torch.nn.Linear(2, 1)
-    network(torch.ones(1, 2)).sum().backward()
-    progress = Progress(tmp_path, ALONE, step=0, total=3, every=10, batch_size=3)
-    for step in (1, 2, 3):
-        progress.add(torch.tensor(1.5))
-        progress.report(step, 0.1, network)
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3]
-
-
-def test_a_signal_is_a_request_and_a_second_one_an_interrupt():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop = StopRequest()
-        assert not stop.agreed(1, ALONE)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed(1, ALONE)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

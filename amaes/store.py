@@ -1,0 +1,163 @@
+"""A folder of preprocessed cases: its index checked, its arrays memory-mapped.
+
+A store may come from anywhere: its JSON and its arrays are read as plain data, nothing in them is executed, and no id
+leads out of the folder. Links inside it are followed, so that its cases may lie on another disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from amaes.files import read_json
+
+STORE_FORMAT = "amaes-store-1"
+
+
+@dataclass(frozen=True, slots=True)  # slots: a store may have 50,000 of them
+class Case:
+    """One entry of a store: what `dataset.json` says of it."""
+
+    id: str
+    subject: str
+    labelled: bool
+    shape: tuple[int, int, int]  # voxels of the preprocessed volume
+    session: str | None = None
+    sequence: str | None = None
+
+
+class Store:
+    """A folder written by `amaes.preprocess`, read through memory maps.
+
+    Attributes:
+        path: the folder.
+        cases: sorted by id.
+        channels: names, in the order of the arrays' first axis.
+        labels: value to name, {0: "background", ...}; empty where no case has a label.
+        config: the preprocessing configuration as plain data.
+
+    Raises:
+        FileNotFoundError: no store there.
+        ValueError: not a store of this version, or an id that leads out of the folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        index = self.path / "dataset.json"
+        if not index.is_file():
+            raise FileNotFoundError(
+                f"{self.path}: no store there (dataset.json not found); write one with python -m amaes.preprocess"
+            )
+        content = read_json(index)
+        if not isinstance(content, dict) or content.get("format") != STORE_FORMAT:
+            found = content.get("format") if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{index}: format {found!r}, expected {STORE_FORMAT!r}")
+        try:
+            self.channels = [str(name) for name in content["channels"]]
+            self.labels = {int(value): str(name) for value, name in content["labels"].items()}
+            self.config = dict(content["config"])
+            self.cases = [_case(entry) for entry in content["cases"]]
+            _check(self.channels, self.labels, self.config)
+            self._index = {case.id: i for i, case in enumerate(self.cases)}
+            if len(self._index) < len(self.cases):
+                raise ValueError("two cases have the same id")
+            digest = [content["config_hash"], self.channels, content["labels"], [_row(case) for case in self.cases]]
+            self.fingerprint = hashlib.sha256(json.dumps(digest, sort_keys=True).encode()).hexdigest()[:16]
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            told = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{index}: not a store's index ({told})") from None
+
+    @property
+    def num_classes(self) -> int:
+        """Output channels of a segmentation network: the largest label value + 1."""
+        return max(self.labels, default=0) + 1
+
+    def index(self, id: str) -> int:
+        """Position of a case among the sorted cases."""
+        if id not in self._index:
+            raise ValueError(f"{self.path}: has no case {id!r}")
+        return self._index[id]
+
+    def image(self, id: str) -> np.ndarray:
+        """The memory-mapped volume of a case: (C, X, Y, Z), float32 or float16, [0, 1].
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not an array, cut short, or of another shape or type than the index says; names the file.
+        """
+        return _open(self._file(id, ".npy"), (len(self.channels), *self.cases[self.index(id)].shape), np.floating)
+
+    def label(self, id: str) -> np.ndarray:
+        """The memory-mapped label of a case: (X, Y, Z), uint8; raises what `image` does."""
+        return _open(self._file(id, "_label.npy"), self.cases[self.index(id)].shape, np.integer)
+
+    def properties(self, id: str) -> dict:
+        """What preprocessing recorded of a case.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a JSON object; names the file.
+        """
+        path = self._file(id, ".json")
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: holds a {type(content).__name__}, expected the properties of a case")
+        return content
+
+    def _file(self, id: str, suffix: str) -> Path:
+        return self.path / "cases" / f"{id}{suffix}"
+
+
+def _case(entry: dict) -> Case:
+    case = Case(
+        id=entry["id"],
+        subject=entry["subject"],
+        labelled=bool(entry["labelled"]),
+        shape=tuple(entry["shape"]),
+        session=entry.get("session"),
+        sequence=entry.get("sequence"),
+    )
+    names = (case.id, case.subject, case.session or "", case.sequence or "")
+    if not case.id or not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise ValueError(
+            f"case {case.id!r:.80}: expected id, subject, session and sequence as text, found {names!r:.160}"
+        )
+    # A drive ("C:...") is a way out on Windows.
+    if case.id.startswith("/") or "\\" in case.id or case.id[1:2] == ":" or ".." in PurePosixPath(case.id).parts:
+        raise ValueError(f"the id {case.id!r} leads out of the store")
+    if len(case.shape) != 3 or not all(type(side) is int and side > 0 for side in case.shape):
+        raise ValueError(f"case {case.id!r}: shape {case.shape!r:.80}, expected three positive integers")
+    return case
+
+
+def _row(case: Case) -> tuple:
+    """What the fingerprint says of a case."""
+    return case.id, case.subject, case.labelled, case.shape, case.session, case.sequence
+
+
+def _check(channels: list[str], labels: dict[int, str], config: dict) -> None:
+    if not channels:
+        raise ValueError("it has no channels")
+    if not all(0 <= value <= 255 for value in labels):
+        raise ValueError(f"label values {sorted(labels)!r:.80}, expected 0 to 255")
+    missing = [name for name in ("spacing", "normalization") if name not in config]
+    if missing:
+        raise ValueError(f"its config has no {missing[0]!r}")
+
+
+def _open(path: Path, shape: tuple[int, ...], kind: type) -> np.ndarray:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing from the store")
+    try:  # maps no more than the file holds, and knows no pickle
+        with np.errstate(over="ignore"):  # sides whose product is no number: refused without a warning
+            array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, EOFError, OverflowError, SyntaxError) as error:  # what a broken header may raise
+        reason = str(error).split("\n")[0][:160]
+        raise ValueError(f"{path}: not a whole array ({reason}; the file has {path.stat().st_size} bytes)") from None
+    if array.shape != shape or not np.issubdtype(array.dtype, kind):
+        raise ValueError(f"{path}: holds {array.dtype} {array.shape}, expected {kind.__name__} {shape}")
+    return array

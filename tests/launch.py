@@ -1,0 +1,65 @@
+"""Start the training scripts as a user does, and read what they leave."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from amaes import checkpoint
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--arch", "unet_tiny", "--patch-size", "32", "--batch-size", "4", "--device", "cpu")
+
+
+def command(script, *options, ranks=1):
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launch, script, *map(str, options)]
+
+
+def run(script, *options, ranks=1, status=0):
+    done = subprocess.run(
+        command(script, *options, ranks=ranks), cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def weights(run_folder):
+    found, _, complaints = checkpoint.latest(Path(run_folder) / "checkpoints")
+    assert not complaints
+    return found["step"], found["model"]
+
+
+def assert_equal_weights(a, b):
+    (step_a, model_a), (step_b, model_b) = weights(a), weights(b)
+    assert step_a == step_b
+    assert all(torch.equal(model_a[name], model_b[name]) for name in model_a)
+
+
+def pretrain_options(store, out, **changed):
+    options = {
+        "--data": store,
+        "--steps": 8,
+        "--workers": 0,
+        "--log-every": 2,
+        "--save-every": 3,
+        "--out": out,
+    } | changed
+    return [*TINY, *(word for pair in options.items() for word in pair)]
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "the run ended too soon"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def lines_of(folder):
+    return [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
