@@ -159,7 +159,8 @@ def main() -> int:
     for fold, split in enumerate(splits):
         if args.fold in ("all", str(fold)):
             log(f"fold {fold}: {len(split['train'])} cases to train on, {len(split['test'])} to test on")
-            with backend.out_of_memory_explained(ranks.device, accumulate, args.patch_size):
+            share = args.batch_size // ranks.world
+            with backend.out_of_memory_explained(ranks.device, accumulate, args.patch_size, share):
                 train_fold(args, plan, split, args.out / f"fold{fold}", ranks, log)
     distributed.shutdown()
     log(f"done; next: python evaluate.py {args.out}")

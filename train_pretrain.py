@@ -250,7 +250,8 @@ def main() -> int:
         plan.accumulate = distributed.from_main(chosen)["accumulate"]
     step = restore(args.out / "checkpoints", network, optimizer, ranks, log)
     log(options.describe_batch(args.batch_size, plan.accumulate, ranks, steps))
-    with backend.out_of_memory_explained(ranks.device, plan.accumulate, args.patch_size):
+    share = args.batch_size // ranks.world
+    with backend.out_of_memory_explained(ranks.device, plan.accumulate, args.patch_size, share):
         loop(args, plan, ranks, network, distributed.wrap(network, ranks, compiler), optimizer, step, log)
     log(f"done: {args.out}/checkpoints/step-{steps}.pt")
     distributed.shutdown()
@@ -287,7 +288,7 @@ def loop(args, plan: Plan, ranks, network: nn.Module, wrapped: distributed.Wrapp
         clock.lap("optimizer")
         progress.report(step, lr, network)
         if plan.validation and (step % val_every == 0 or step == plan.steps):
-            loss, baseline = validate(network, plan, args, ranks)
+            loss, baseline = validate(network, plan, args, ranks, progress)
             progress.write(step=step, val_loss=loss, val_baseline=baseline)
             log(f"step {step}: validation loss {loss:.5f} (predicting {objective.trivial}: {baseline:.5f})")
             clock.start()
@@ -358,7 +359,8 @@ def measure(args, plan: Plan, ranks, network: nn.Module, wrapped: distributed.Wr
     if ranks.world > 1:
         ways["alone"] = partial(step, lambda: inputs, lambda sync: gradients(sync=False))
     seconds = {}
-    with backend.out_of_memory_explained(ranks.device, plan.accumulate, args.patch_size):
+    share = args.batch_size // ranks.world
+    with backend.out_of_memory_explained(ranks.device, plan.accumulate, args.patch_size, share):
         for name, way in ways.items():
             distributed.barrier()
             seconds[name] = benchmark.seconds_per_step(way, args.benchmark, ranks.device)
@@ -370,7 +372,9 @@ def measure(args, plan: Plan, ranks, network: nn.Module, wrapped: distributed.Wr
 
 
 @torch.no_grad()
-def validate(network: nn.Module, plan: Plan, args: argparse.Namespace, ranks: distributed.Ranks) -> tuple[float, float]:
+def validate(
+    network: nn.Module, plan: Plan, args: argparse.Namespace, ranks: distributed.Ranks, progress: Progress
+) -> tuple[float, float]:
     """Mean loss over the validation volumes, one fixed patch of each, and that of a trivial prediction.
 
     Ranks share the volumes; each counts once.
@@ -382,6 +386,7 @@ def validate(network: nn.Module, plan: Plan, args: argparse.Namespace, ranks: di
     groups = [plan.validation[i : i + size] for i in range(0, len(plan.validation), size)]
     mine = [[(0, case) for case in group] for group in groups[ranks.rank :: ranks.world]]
     for batch in loader(patches, mine, workers=0, pin_memory=False):
+        progress.bad_cases(batch["bad"], tqdm.write)
         inputs, targets = plan.objective.prepare(batch, ranks.device, training=False)
         with plan.autocast:
             outputs = network(inputs)
@@ -413,7 +418,8 @@ PANELS = 4  # patches on a page
 
 
 def validation_patches(plan: Plan, args: argparse.Namespace) -> Patches:
-    return Patches(plan.store, args.patch_size, seed=args.seed, purpose="validation", labels=plan.objective.labels)
+    read = {"seed": args.seed, "replace_by": plan.validation + plan.train if args.on_bad_case == "skip" else None}
+    return Patches(plan.store, args.patch_size, purpose="validation", labels=plan.objective.labels, **read)
 
 
 def open_data(args: argparse.Namespace, ranks: distributed.Ranks, log: Callable[[str], None]) -> Store | Pool:

@@ -257,14 +257,27 @@ def _container_memory() -> Iterator[tuple[float, float]]:
                 yield float(limit), float(used)
 
 
+# Of errors that have no class of their own: the CPU's allocator, cuDNN and cuBLAS.
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 @contextlib.contextmanager
-def out_of_memory_explained(device: torch.device, accumulate: int, patch_size: Sequence[int]) -> Iterator[None]:
-    """Turn running out of memory while training into a ValueError with what was measured and the options that help."""
+def out_of_memory_explained(
+    device: torch.device, accumulate: int, patch_size: Sequence[int], share: int | None = None
+) -> Iterator[None]:
+    """Turn running out of memory while training into a ValueError with what was measured and the options that help.
+
+    Args:
+        device: where the network runs.
+        accumulate: micro-steps per step.
+        patch_size: (X, Y, Z).
+        share: patches of a rank per step, which micro-steps must divide; None where any number of them will do.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and "can't allocate memory" not in str(error):  # the CPU's allocator has no class of its own
+        if not known and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise
         total, free = memory_of(device)
         size = "unknown" if total is None else f"{total / GB:.1f} GB, {free / GB:.1f} GB of them free"
@@ -272,7 +285,10 @@ def out_of_memory_explained(device: torch.device, accumulate: int, patch_size: S
             f"{torch.cuda.max_memory_allocated(device) / GB:.1f} GB in use at most; " if device.type == "cuda" else ""
         )
         sides = " ".join(map(str, patch_size))
+        finer = (n for n in range(accumulate + 1, (share or 0) + 1) if share % n == 0)
+        more = 2 * accumulate if share is None else next(finer, None)
+        cut = "--accumulate can cut no finer" if more is None else f"--accumulate {more}"
         raise ValueError(
-            f"out of memory on {device}: {peak}memory {size}; what helps: --accumulate {2 * accumulate} (now "
-            f"{accumulate}), --checkpoint-activations, or a smaller --patch-size (now {sides})"
+            f"out of memory on {device}: {peak}memory {size}; what helps: {cut} (now {accumulate}), "
+            f"--checkpoint-activations, or a smaller --patch-size (now {sides})"
         ) from error

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 class Ranks:
     """This process among all: `rank` of `world`, `local_rank` of `local_world` on this machine, and its device.
 
-    `restarts` counts how often torchrun has started the ranks again (--max-restarts).
+    `restarts` counts how often torchrun has started the ranks again (--max-restarts), `launcher` is its process.
     """
 
     rank: int
@@ -28,10 +28,16 @@ class Ranks:
     local_world: int
     device: torch.device
     restarts: int = 0
+    launcher: int | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether torchrun is gone, and with it who would stop this rank before the same command starts another."""
+        return self.launcher is not None and os.getppid() != self.launcher
 
 
 def setup(device: str = "auto") -> Ranks:
@@ -45,6 +51,8 @@ def setup(device: str = "auto") -> Ranks:
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     where = pick_device(device)
     if where.type == "cuda":
         if local_world > torch.cuda.device_count():
@@ -55,7 +63,7 @@ def setup(device: str = "auto") -> Ranks:
         # Hosts agree over gloo on CUDA as well: what they ask each other must not wait for the devices.
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return Ranks(rank, world, local_rank, local_world, where, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    return Ranks(rank, world, local_rank, local_world, where, restarts, launcher)
 
 
 def pick_device(name: str) -> torch.device:

@@ -132,25 +132,38 @@ class SavePoints:
 
     def __init__(self, stop: StopRequest, ranks: distributed.Ranks, every: int, minutes: float, total: int) -> None:
         self._stop, self._ranks, self._every, self._seconds, self._total = stop, ranks, every, 60 * minutes, total
-        self._saved = time.monotonic()
+        self._saved = self._asked_at = time.monotonic()
+        self._asked, self._ask_from = None, 0  # the step after which hosts asked each other, and will again
         self.stopping = False
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`; then `stopping` tells whether to end there.
 
         Where there are several ranks, their wishes are summed on the hosts; on CUDA after every tenth step only, so
-        that no host, running ahead of its device, waits for another one.
+        that no host, running ahead of its device, waits for another one, or more often where ten steps take long.
         """
-        wishes = torch.tensor([self._stop.requested, time.monotonic() - self._saved > self._seconds]).float()
+        now = time.monotonic()
+        wishes = [self._stop.requested or self._ranks.abandoned, now - self._saved > self._seconds]
         if self._ranks.world > 1:
-            asking = self._ranks.device.type == "cpu" or step % 10 == 0
-            wishes = distributed.sum_over_ranks(wishes) if asking else torch.zeros(2)
-        self.stopping, late = (wishes > 0).tolist()
+            asking = self._ranks.device.type == "cpu" or step >= self._ask_from
+            wishes = self._ask(step, wishes, now) if asking else [False, False]
+        self.stopping, late = wishes
         due = step % self._every == 0 or step == self._total or self.stopping or late
         if due:
             self._saved = time.monotonic()
         return due
 
+    def _ask(self, step: int, wishes: list[bool], now: float) -> list[bool]:
+        """What any rank wishes; ranks also agree on the step after which they ask again."""
+        *sums, seconds = distributed.sum_over_ranks(torch.tensor([*wishes, now - self._asked_at])).tolist()
+        steps = 1 if self._asked is None else step - self._asked
+        fitting = ASK_SECONDS * steps * self._ranks.world / max(seconds, 1e-9)
+        self._ask_from = step + max(1, min(ASK_STEPS, int(fitting)))
+        self._asked, self._asked_at = step, now
+        return [total > 0 for total in sums]
+
+
+ASK_STEPS, ASK_SECONDS = 10, 5.0  # hosts ask each other after so many steps, or this long; torchrun waits 30 seconds
 
 class Progress:
     """The loss so far, where the time goes, and the lines that say so: tqdm and `metrics.jsonl`, on rank 0.

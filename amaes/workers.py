@@ -63,12 +63,12 @@ class Watch:
             return error
         for worker in self._workers:
             worker.kill()  # the others may wait for ever for a lock that was the dead one's
-        how = f"ended ({str(error).splitlines()[0]})"  # before it could be remembered
-        if dead:
-            pid, code = dead[0]
-            how = f"(pid {pid}) ended with status {code}"
-            if code < 0:
-                name = signal.Signals(-code).name
-                how = f"(pid {pid}) was killed by {name}" + (f", {_USUALLY[name]}" if name in _USUALLY else "")
+        if not dead:  # it was gone before it could be remembered
+            how = f"ended ({str(error).splitlines()[0]})"
+        elif dead[0][1] > 0:
+            how = "(pid {}) ended with status {}".format(*dead[0])
+        else:
+            name = signal.Signals(-dead[0][1]).name
+            how = f"(pid {dead[0][0]}) was killed by {name}" + (f", {_USUALLY[name]}" if name in _USUALLY else "")
         shown = ", ".join(reading[:8]) + (f" and {len(reading) - 8} more" if len(reading) > 8 else "")
         return ChildProcessError(f"a process that reads patches {how}; being read: {shown}; {backend.memory_advice()}")

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -161,7 +162,9 @@ def _kill(process: subprocess.Popen, one: bool) -> bool:
         os.kill(ranks[0], signal.SIGKILL)
         process.wait()
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in (process.pid, *_below(process.pid)):  # torchrun gives every rank a process group of its own
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
     return one and bool(ranks)
 

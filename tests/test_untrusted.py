@@ -1,4 +1,4 @@
-"""Files that mean harm: stores, checkpoints and scans of others, none of which may run, write elsewhere or fill memory."""
+"""Files that mean harm: stores, checkpoints and scans, none of which may run, write elsewhere or fill memory."""
 
 import gzip
 import io

@@ -65,7 +65,8 @@ class WindowAttention(nn.Module):
         count, n, channels = x.shape
         q, k, v = self.qkv(x).view(count, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (W, heads, n, C / heads)
         # A smaller window reads the corner of the index of the largest, which is not its own geometry: as published.
-        bias = self.bias[self.index[:n, :n]].permute(2, 0, 1)  # (heads, n, n)
+        # (Embedding, and not indexing, whose gradient threads sum in any order.)
+        bias = F.embedding(self.index[:n, :n], self.bias).permute(2, 0, 1)  # (heads, n, n)
         bias = bias if apart is None else bias + apart
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])
         return self.proj(y.transpose(1, 2).reshape(count, n, channels))
