@@ -36,6 +36,7 @@ from amaes.swin_objective import SwinSelfSupervision
 
 
 def parse_options() -> argparse.Namespace:
+    own = {name: value for defaults in DEFAULTS.values() for name, value in defaults.items()}
     parser = cli.Parser(
         description="Pretrain an encoder on the volumes of a store, or a network on many labelled ones."
     )
@@ -58,21 +59,35 @@ def parse_options() -> argparse.Namespace:
     add("--augment", choices=list(AUGMENTATIONS), default="all", help="transforms; of intensity: the input's alone")
     options.add_augment_options(add)
     add(
-        "--foreground", type=cli.fraction, help="supervised: share of patches around a foreground voxel (default: 0.33)"
+        "--foreground",
+        type=cli.fraction,
+        help=f"supervised: share of patches around a foreground voxel (default: {own['foreground']})",
     )
     add = parser.add_argument_group("objective: the options of one are refused with another").add_argument
     add("--crop", choices=CROPS, help="amaes: place uniformly the window (default, as published) or the patch in it")
-    add("--mask-ratio", type=cli.fraction, help="amaes: fraction of tokens hidden (default: 0.6)")
-    add("--token-size", type=cli.positive_int, help="amaes: side of a token, voxels (default: 4)")
-    add("--loss-over", choices=RECONSTRUCTION_MEANS, help="amaes: voxels of the mean squared error (default: all)")
+    add("--mask-ratio", type=cli.fraction, help=f"amaes: fraction of tokens hidden (default: {own['mask_ratio']})")
+    add("--token-size", type=cli.positive_int, help=f"amaes: side of a token, voxels (default: {own['token_size']})")
+    add(
+        "--loss-over",
+        choices=RECONSTRUCTION_MEANS,
+        help=f"amaes: voxels of the mean squared error (default: {own['loss_over']})",
+    )
     add(
         "--decoder",
         choices=[*RECONSTRUCTION_DECODERS, *SEGMENTATION_DECODERS],
         help="amaes: light (half the convolutions, default) or standard; supervised: unet (default) or mednext",
     )
     add("--skips", action="store_const", const=True, help="amaes: connect encoder and decoder")
-    add("--corruption", type=cli.fraction, help="swin: the most of a view that a round damages (default: 0.3)")
-    add("--reconstruction-head", choices=list(RECONSTRUCTION_HEADS), help="swin (default: vae)")
+    add(
+        "--corruption",
+        type=cli.fraction,
+        help=f"swin: the most of a view that a round damages (default: {own['corruption']})",
+    )
+    add(
+        "--reconstruction-head",
+        choices=list(RECONSTRUCTION_HEADS),
+        help=f"swin (default: {own['reconstruction_head']})",
+    )
     add(
         "--deep-supervision",
         action="store_const",

@@ -242,8 +242,10 @@ class Patches(Dataset):
         item = {"image": torch.from_numpy(image), "epoch": epoch, "case": index}
         if self.labels:
             label = read_window(self.store.label(case.id)[None], start, self.window, 0)
-            if label.max() >= self.store.num_classes:
-                raise ValueError(f"label value {label.max()}, the store has 0 to {self.store.num_classes - 1}")
+            declared = self.store.declared(case.id)
+            if not declared[label].all():
+                known = " ".join(map(str, np.flatnonzero(declared)))
+                raise ValueError(f"label value {label[~declared[label]][0]}, its store declares {known}")
             item["label"] = torch.from_numpy(label[0])
         return item
 
@@ -396,7 +398,7 @@ def loader(patches: Patches, batches: Batches | Sequence, workers: int, pin_memo
         pin_memory=pin_memory,
         prefetch_factor=backend.PREFETCH if workers else None,
     )
-    with Watch() as watch:
+    with Watch():
         arriving = iter(source)
     try:
         while True:
@@ -404,7 +406,7 @@ def loader(patches: Patches, batches: Batches | Sequence, workers: int, pin_memo
                 batch = next(arriving, None)
             except Exception as error:
                 reading = dict.fromkeys(patches.store.cases[case].id for batch in asked for _, case in batch)
-                raise watch.explained(error, list(reading)) from error
+                raise Watch.explained(error, getattr(arriving, "_workers", []), list(reading)) from error
             if batch is None:
                 return
             if isinstance(batch, Exception):

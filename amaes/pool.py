@@ -39,7 +39,6 @@ class Pool:
         cases: of all stores, one store after the other.
         channels: names, joined where they differ.
         labels: class to name over all stores, see `Classes`.
-        num_classes: the largest value in any label file + 1, which is not the number of classes: see `Classes.count`.
         config: the first store's preprocessing configuration.
 
     Raises:
@@ -63,7 +62,6 @@ class Pool:
         self.channels = [
             "+".join(dict.fromkeys(names)) for names in zip(*(s.channels for s in self.stores), strict=True)
         ]
-        self.num_classes = max(store.num_classes for store in self.stores)
         self.labels = Classes.of(self).names
         self.config = self.stores[0].config
         self._index = {case.id: i for i, case in enumerate(self.cases)}
@@ -80,6 +78,11 @@ class Pool:
         """The store of a case, and its id there."""
         i = self.store_of[self.index(id)]
         return self.stores[i], id.removeprefix(f"{self.names[i]}/")
+
+    def declared(self, id: str) -> np.ndarray:
+        """Which values the label of a case may hold, by its own store: (256,), bool."""
+        store, own = self.home(id)
+        return store.declared(own)
 
     def image(self, id: str) -> np.ndarray:
         """The memory-mapped volume of a case: (C, X, Y, Z), float32 or float16, [0, 1]."""

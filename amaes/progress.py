@@ -165,6 +165,7 @@ class SavePoints:
 
 ASK_STEPS, ASK_SECONDS = 10, 5.0  # hosts ask each other after so many steps, or this long; torchrun waits 30 seconds
 
+
 class Progress:
     """The loss so far, where the time goes, and the lines that say so: tqdm and `metrics.jsonl`, on rank 0.
 

@@ -76,6 +76,12 @@ class Store:
         """Output channels of a segmentation network: the largest label value + 1."""
         return max(self.labels, default=0) + 1
 
+    def declared(self, id: str) -> np.ndarray:
+        """Which values the label of a case may hold: (256,), bool."""
+        values = np.zeros(256, bool)
+        values[[0, *self.labels]] = True
+        return values
+
     def index(self, id: str) -> int:
         """Position of a case among the sorted cases."""
         if id not in self._index:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import threading
+from collections.abc import Sequence
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 
 from amaes import backend
 
@@ -31,39 +32,39 @@ OBEY_AFTER = 30  # seconds, as many as torchrun gives
 
 
 class Watch:
-    """Remembers the processes that are started inside the `with`, and keeps torch from interrupting the training.
+    """Keeps torch from interrupting the training for workers that are started inside the `with`; explains their end.
 
     torch's DataLoader raises from a signal handler, wherever the main thread is at that moment; put back, its own check
     of the workers, every five seconds while a batch is waited for, raises where the batch is asked for.
     """
 
     def __enter__(self) -> Watch:
-        self._others = set(multiprocessing.active_children())
         self._handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, self._handler)
-        self._workers = set(multiprocessing.active_children()) - self._others
 
-    def explained(self, error: Exception, reading: list[str]) -> Exception:
+    @staticmethod
+    def explained(error: Exception, workers: Sequence[BaseProcess], reading: list[str]) -> Exception:
         """`error` itself while the workers are well, else one that says how a worker ended.
 
         Args:
             error: what asking for a batch raised.
+            workers: the processes, also those that have ended.
             reading: ids of the cases of the batches that were asked for.
         """
-        ended = connection.wait([worker.sentinel for worker in self._workers], timeout=5) if self._workers else []
-        for worker in self._workers:
+        ended = connection.wait([worker.sentinel for worker in workers], timeout=5) if workers else []
+        for worker in workers:
             if worker.sentinel in ended:
                 worker.join(5)  # a process lets go of its sentinel a moment before its status is there
-        dead = sorted((worker.pid, worker.exitcode) for worker in self._workers if worker.exitcode not in (None, 0))
+        dead = sorted((worker.pid, worker.exitcode) for worker in workers if worker.exitcode not in (None, 0))
         if not dead and "DataLoader worker" not in str(error):
             return error
-        for worker in self._workers:
+        for worker in workers:
             worker.kill()  # the others may wait for ever for a lock that was the dead one's
-        if not dead:  # it was gone before it could be remembered
+        if not dead:  # torch says so, and no more is known
             how = f"ended ({str(error).splitlines()[0]})"
         elif dead[0][1] > 0:
             how = "(pid {}) ended with status {}".format(*dead[0])

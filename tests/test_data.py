@@ -266,7 +266,7 @@ def test_values_that_are_not_finite_name_the_case(store):
 
 def test_a_label_the_store_does_not_declare_names_the_case(store):
     np.save(store.path / "cases" / "case00_label.npy", np.full(SHAPES[0], 3, np.uint8))
-    with pytest.raises(ValueError, match=r"case case00 .*label value 3, the store has 0 to 2"):
+    with pytest.raises(ValueError, match=r"case case00 .*label value 3, its store declares 0 1 2"):
         list(loader(Patches(store, (16, 16, 16), labels=True), [[(0, 0)]], 0, pin_memory=False))
 
 

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from amaes import checkpoint
+from amaes import backend, checkpoint
+from amaes.data import Store, pretrain_split
 from tests.launch import ROOT, assert_equal_weights, command, lines_of, pretrain_options, run, wait_for, weights
 from tests.stores import make_store
 
@@ -43,14 +45,22 @@ def torchrun(*more):
     return [sys.executable, "-m", "torch.distributed.run", *map(str, more)]
 
 
+def everything_below(pid):
+    found = [
+        int(child) for table in Path(f"/proc/{pid}/task").glob("*/children") for child in table.read_text().split()
+    ]
+    return found + [below for child in found for below in everything_below(child)]
+
+
 def ranks_below(pid):
     """Processes of the training script that torchrun has started."""
-    found = []
-    for table in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in table.read_text().split():
-            line = Path(f"/proc/{child}/cmdline").read_text()
-            found += [int(child)] if "train_pretrain.py" in line else []
-    return found
+    lines = {child: Path(f"/proc/{child}/cmdline").read_text() for child in everything_below(pid)}
+    return [child for child, line in lines.items() if "train_pretrain.py" in line]
+
+
+def has_ended(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or ") Z " in status.read_text()
 
 
 def test_torchrun_restarts_ranks_after_one_was_killed(store, two_ranks, tmp_path):
@@ -71,13 +81,12 @@ def test_a_signal_to_all_processes_saves_and_the_same_command_continues(store, t
     out = tmp_path / "run"
     with_workers = options(store, out, **{"--workers": 2})
     argv = torchrun("--standalone", "--nproc_per_node=2", "train_pretrain.py", *with_workers)
-    process = launched(argv, start_new_session=True)
+    process = launched(argv)
     wait_for(out / "checkpoints" / "step-2.pt", process)
-    if number == signal.SIGUSR1:  # which torchrun does not know
-        for pid in ranks_below(process.pid):
-            os.kill(pid, number)
-    else:
-        os.killpg(process.pid, number)  # as a scheduler and a terminal do: torchrun, ranks and workers
+    # As a scheduler does: torchrun (which does not know SIGUSR1), ranks and workers.
+    torchruns = [] if number == signal.SIGUSR1 else [process.pid]
+    for pid in (*torchruns, *everything_below(process.pid)):
+        os.kill(pid, number)
     said = process.communicate(timeout=100)[0]
     assert process.returncode != 0
     assert "saved at step" in said
@@ -167,6 +176,48 @@ def test_the_benchmark_tells_where_time_goes_and_leaves_the_run_alone(store, tmp
     for row in ("gradients not exchanged", "network alone", "with augmentation", "with reading of data", "verdict: "):
         assert row in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_whose_torchrun_was_killed_save_and_end_so_that_two_runs_do_not_share_a_folder(store, tmp_path):
+    out = tmp_path / "run"
+    # Files, not pipes: the ranks go on writing after their torchrun.
+    with (tmp_path / "said").open("w") as said:
+        argv = command("train_pretrain.py", *options(store, out, **{"--steps": 10**6}), ranks=2)
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=said, stderr=said)
+        wait_for(out / "checkpoints" / "step-2.pt", process)
+        ranks = ranks_below(process.pid)
+        process.kill()
+        process.wait()
+        try:
+            deadline = time.monotonic() + 60
+            while not all(map(has_ended, ranks)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert all(map(has_ended, ranks))
+        finally:
+            for pid in ranks:
+                if not has_ended(pid):
+                    os.kill(pid, signal.SIGKILL)
+    assert "saved at step" in (tmp_path / "said").read_text()
+
+
+def test_an_unreadable_validation_case_is_replaced_too(tmp_path):
+    store = make_store(tmp_path / "store", count=9)
+    (bad,) = pretrain_split(Store(store))["validation"]
+    array = store / "cases" / f"{bad}.npy"
+    array.write_bytes(array.read_bytes()[:-100])
+    brief = {"--steps": 2, "--val-every": 1}
+    done = run("train_pretrain.py", *options(store, tmp_path / "run", **brief), "--on-bad-case", "skip")
+    assert done.stdout.count("replaced by another case") == 1
+    assert "step 2: validation loss 0." in done.stdout
+
+
+@pytest.mark.parametrize(("accumulate", "share", "advice"), [(1, 3, "--accumulate 3 (now 1)"), (3, 3, "no finer")])
+def test_out_of_memory_advises_no_micro_steps_that_would_be_refused(accumulate, share, advice):
+    error = RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+    explained = backend.out_of_memory_explained(torch.device("cpu"), accumulate, (32, 32, 32), share)
+    with pytest.raises(ValueError, match="out of memory") as caught, explained:
+        raise error
+    assert advice in str(caught.value)
 
 
 def test_a_lost_rank_ends_the_run_in_time(store, tmp_path):

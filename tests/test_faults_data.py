@@ -284,18 +284,15 @@ def test_a_worker_that_dies_is_told_with_what_it_read_and_what_helps(store, kind
 
 
 def test_a_worker_that_was_gone_before_it_was_seen_is_told_too():
-    with Watch() as watch:
-        pass
-    told = watch.explained(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly\nmore"), ["case05"])
+    told = Watch.explained(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly\nmore"), [], ["case05"])
     assert isinstance(told, ChildProcessError)
     assert "reads patches ended (DataLoader worker (pid(s) 7) exited unexpectedly); being read: case05" in str(told)
 
 
 def test_a_worker_whose_end_shows_as_an_error_without_words_is_told_too():
-    with Watch() as watch:
-        worker = multiprocessing.get_context("fork").Process(target=os._exit, args=(3,))
-        worker.start()
-    told = watch.explained(EOFError(), ["case05"])
+    worker = multiprocessing.get_context("fork").Process(target=os._exit, args=(3,))
+    worker.start()
+    told = Watch.explained(EOFError(), [worker], ["case05"])
     assert f"(pid {worker.pid}) ended with status 3; being read: case05" in str(told)
 
 

@@ -146,7 +146,6 @@ def test_values_may_have_gaps_and_placeholders_are_no_names(tmp_path):
     classes = Classes.of(pool)
     assert classes.names == {0: "background", 1: "one", 2: "first: label_2", 3: "second: label_2"}
     assert classes.tables[1, [0, 2, 7]].tolist() == [0, 3, 1]
-    assert pool.num_classes == 8  # bounds the values of label files
     assert classes.count == 4
 
 
@@ -170,6 +169,13 @@ def test_a_value_that_is_not_declared_is_refused_with_its_file(tmp_path):
         check_labels(pool, ids)
     with pytest.raises(ValueError, match="case00_label"):
         labelled(Store(second), ["case00"])
+
+
+def test_a_label_is_held_to_what_its_own_store_declares(tmp_path):
+    first, second = make_pair(tmp_path, {"0": "background", "1": "one"})
+    pool = open_stores((first, second))
+    assert np.flatnonzero(pool.declared(pool.cases[0].id)).tolist() == [0, 1, 2]
+    assert np.flatnonzero(pool.declared(pool.cases[-1].id)).tolist() == [0, 1]
 
 
 def test_cases_without_label_are_left_out(tmp_path):

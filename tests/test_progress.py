@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,35 @@ def test_a_signal_is_a_request_and_a_later_one_an_interrupt(handlers, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(0.1, [1, 11, 21]), (2.5, [1, 3, 5]), (9.0, [1, 2, 3])])
+def test_hosts_of_gpus_ask_each_other_more_often_where_steps_are_long(handlers, monkeypatch, seconds, asked):
+    clock, asking = SimpleNamespace(monotonic=lambda: clock.now, now=0.0), []
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda own: asking.append(step) or 2 * own)
+    ranks = distributed.Ranks(0, 2, 0, 2, torch.device("cuda"))
+    saving = SavePoints(StopRequest(), ranks, every=1000, minutes=60, total=1000)
+    for step in range(1, 22):
+        clock.now += seconds
+        assert not saving.due(step)
+    assert asking[:3] == asked
+    os.kill(os.getpid(), signal.SIGTERM)
+    due = []
+    while not saving.stopping:
+        step += 1
+        clock.now += seconds
+        due.append(saving.due(step))
+    assert due[-1]
+    assert len(due) <= 10
+    assert len(due) * seconds <= max(progress.ASK_SECONDS, seconds)
+
+
+def test_a_rank_without_its_torchrun_saves_and_stops(handlers):
+    for launcher, gone in ((os.getppid(), False), (os.getpid(), True), (None, False)):
+        ranks = distributed.Ranks(0, 1, 0, 1, torch.device("cpu"), launcher=launcher)
+        saving = SavePoints(StopRequest(), ranks, every=10, minutes=60, total=100)
+        assert (saving.due(1), saving.stopping) == (gone, gone)
 
 
 def test_saving_is_due_every_so_many_steps_and_minutes_and_at_the_end(handlers):

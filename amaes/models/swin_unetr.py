@@ -141,7 +141,7 @@ def _apart(window: Sequence[int], shift: Sequence[int], last: Sequence[bool], x:
         (torch.arange(w, device=x.device) >= w - s) & is_last for w, s, is_last in zip(window, shift, last, strict=True)
     ]
     end = torch.stack(torch.meshgrid(*ends, indexing="ij")).flatten(1)  # (3, n)
-    return (end[:, :, None] != end[:, None, :]).any(0) * torch.tensor(_APART, dtype=x.dtype, device=x.device)
+    return (end[:, :, None] != end[:, None, :]).any(0).to(x.dtype) * _APART
 
 
 class PatchMerging(nn.Module):
