@@ -36,7 +36,6 @@ from amaes.swin_objective import SwinSelfSupervision
 
 
 def parse_options() -> argparse.Namespace:
-    own = {name: value for defaults in DEFAULTS.values() for name, value in defaults.items()}
     parser = cli.Parser(
         description="Pretrain an encoder on the volumes of a store, or a network on many labelled ones."
     )
@@ -58,42 +57,7 @@ def parse_options() -> argparse.Namespace:
     add("--split-by", choices=["subject", "volume"], default="subject", help="what stays on one side of that split")
     add("--augment", choices=list(AUGMENTATIONS), default="all", help="transforms; of intensity: the input's alone")
     options.add_augment_options(add)
-    add(
-        "--foreground",
-        type=cli.fraction,
-        help=f"supervised: share of patches around a foreground voxel (default: {own['foreground']})",
-    )
-    add = parser.add_argument_group("objective: the options of one are refused with another").add_argument
-    add("--crop", choices=CROPS, help="amaes: place uniformly the window (default, as published) or the patch in it")
-    add("--mask-ratio", type=cli.fraction, help=f"amaes: fraction of tokens hidden (default: {own['mask_ratio']})")
-    add("--token-size", type=cli.positive_int, help=f"amaes: side of a token, voxels (default: {own['token_size']})")
-    add(
-        "--loss-over",
-        choices=RECONSTRUCTION_MEANS,
-        help=f"amaes: voxels of the mean squared error (default: {own['loss_over']})",
-    )
-    add(
-        "--decoder",
-        choices=[*RECONSTRUCTION_DECODERS, *SEGMENTATION_DECODERS],
-        help="amaes: light (half the convolutions, default) or standard; supervised: unet (default) or mednext",
-    )
-    add("--skips", action="store_const", const=True, help="amaes: connect encoder and decoder")
-    add(
-        "--corruption",
-        type=cli.fraction,
-        help=f"swin: the most of a view that a round damages (default: {own['corruption']})",
-    )
-    add(
-        "--reconstruction-head",
-        choices=list(RECONSTRUCTION_HEADS),
-        help=f"swin (default: {own['reconstruction_head']})",
-    )
-    add(
-        "--deep-supervision",
-        action="store_const",
-        const=True,
-        help="supervised: also train on the outputs of coarser stages",
-    )
+    add_objective_options(parser)
     length = parser.add_argument_group("length")
     add = length.add_mutually_exclusive_group().add_argument
     add("--epochs", type=cli.positive_int, default=100, help="passes over the volumes, one patch of each")
@@ -137,6 +101,47 @@ DEFAULTS: dict[str, dict] = {
     "swin": {"corruption": 0.3, "reconstruction_head": "vae"},
     "supervised": {"decoder": "unet", "deep_supervision": False, "foreground": 0.33},
 }
+
+
+def add_objective_options(parser: cli.Parser) -> None:
+    """What only one of the objectives reads; None where not given, so that it can be refused with another."""
+    own = {name: value for defaults in DEFAULTS.values() for name, value in defaults.items()}
+    add = parser.add_argument_group("objective: the options of one are refused with another").add_argument
+    add("--crop", choices=CROPS, help="amaes: place uniformly the window (default, as published) or the patch in it")
+    add("--mask-ratio", type=cli.fraction, help=f"amaes: fraction of tokens hidden (default: {own['mask_ratio']})")
+    add("--token-size", type=cli.positive_int, help=f"amaes: side of a token, voxels (default: {own['token_size']})")
+    add(
+        "--loss-over",
+        choices=RECONSTRUCTION_MEANS,
+        help=f"amaes: voxels of the mean squared error (default: {own['loss_over']})",
+    )
+    add(
+        "--decoder",
+        choices=[*RECONSTRUCTION_DECODERS, *SEGMENTATION_DECODERS],
+        help="amaes: light (half the convolutions, default) or standard; supervised: unet (default) or mednext",
+    )
+    add("--skips", action="store_const", const=True, help="amaes: connect encoder and decoder")
+    add(
+        "--corruption",
+        type=cli.fraction,
+        help=f"swin: the most of a view that a round damages (default: {own['corruption']})",
+    )
+    add(
+        "--reconstruction-head",
+        choices=list(RECONSTRUCTION_HEADS),
+        help=f"swin (default: {own['reconstruction_head']})",
+    )
+    add(
+        "--deep-supervision",
+        action="store_const",
+        const=True,
+        help="supervised: also train on the outputs of coarser stages",
+    )
+    add(
+        "--foreground",
+        type=cli.fraction,
+        help=f"supervised: share of patches around a foreground voxel (default: {own['foreground']})",
+    )
 
 
 def choose_defaults(args: argparse.Namespace, parser: cli.Parser) -> None:

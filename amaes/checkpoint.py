@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +52,10 @@ def read(path: Path) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    if zipfile.is_zipfile(path):  # torch never compresses; a small file that unpacks to a huge one is no accident
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError(f"{path}: not a checkpoint (its entries are compressed)")
     try:
         with torch.serialization.safe_globals(_NUMPY), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # refused in our words, or read all the same
@@ -63,7 +67,22 @@ def read(path: Path) -> dict:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
+    for name, tensor in _tensors(content):
+        if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), MOST_REPEATED):
+            raise ValueError(f"{path}: its tensor {name} claims {tuple(tensor.shape)}, the file holds less than that")
     return content
+
+
+MOST_REPEATED = 2**31  # bytes that a tensor may claim by repeating what is stored once
+
+
+def _tensors(content: Mapping, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of nested dictionaries, with their names."""
+    for key, value in content.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{name}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value, f"{name}{key}.")
 
 
 def save(folder: Path, content: dict, keep: int) -> Path:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-STORE_FORMAT = "amaes-store-1"
+from amaes.store import STORE_FORMAT
+
 SEQUENCES = (  # the first match wins; between T1 and T2 the one named first
     ("FLAIR", r"flair"),
     ("T1ce", r"t1ce|t1gd|gado|t1c|post"),

@@ -26,6 +26,7 @@ TAIL = 20  # lines of a failed step that are shown
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
     parser = Parser(prog="python -m amaes.demo", description="Run the whole chain on synthetic heads.")
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder for everything")

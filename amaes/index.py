@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from amaes.collect import STORE_FORMAT, Collection, Item
+from amaes.collect import Collection, Item
 from amaes.config import Config
 from amaes.files import written_whole
+from amaes.store import STORE_FORMAT
 
 
 def prepare(

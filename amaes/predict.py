@@ -230,6 +230,7 @@ def reason(error: Exception) -> str:
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
     parser = cli.Parser(prog="python -m amaes.predict", description="Segment NIfTI files with a fine-tuned checkpoint.")
     parser.add_argument("--weights", type=Path, required=True, metavar="CKPT", help="checkpoint of train_finetune.py")
     parser.add_argument(

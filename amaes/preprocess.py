@@ -344,6 +344,7 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
     parser = Parser(prog="python -m amaes.preprocess", description="Turn NIfTI files into arrays for training.")
     _add_input_options(parser)
     how = parser.add_argument_group("preprocessing")

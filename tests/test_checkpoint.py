@@ -3,6 +3,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -253,3 +254,16 @@ def published_keys():
 
     reference = np.load(pathlib.Path(__file__).parent / "data" / "unet_reference.npz", allow_pickle=False)
     return [str(key) for key in reference["unet_f4_light_rec/keys"]]
+
+
+def test_files_that_would_unpack_to_more_than_they_are_get_refused(tmp_path):
+    path = tmp_path / "compressed.pt"
+    torch.save({"format": "x", "model": {"w": torch.zeros(1000)}}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    with pytest.raises(ValueError, match=r"compressed\.pt: not a checkpoint \(its entries are compressed\)"):
+        checkpoint.read(path)
+    torch.save({"model": {"w": torch.zeros(1).expand(10**6, 10**6)}}, tmp_path / "expanded.pt")
+    with pytest.raises(ValueError, match=r"its tensor model\.w claims \(1000000, 1000000\)"):
+        checkpoint.read(tmp_path / "expanded.pt")

@@ -136,6 +136,7 @@ def save_sheet(path: Path, heading: str, rows: list) -> None:
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
     parser = Parser(prog="python -m amaes.augment", description="Draw contact sheets of the augmentation for one scan.")
     parser.add_argument("image", type=Path, metavar="IMAGE", help="scan, .nii or .nii.gz")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the PNG files go")
