@@ -62,7 +62,13 @@ def setup(device: str = "auto") -> Ranks:
     if world > 1:
         # Hosts agree over gloo on CUDA as well: what they ask each other must not wait for the devices.
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        timeout = timedelta(minutes=30)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        if local_world == world:
+            # torchrun's restarts share a store, in which addresses of ranks that are gone may still stand. (Agents on
+            # several machines count their restarts differently.)
+            store = dist.PrefixStore(f"start {restarts}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     return Ranks(rank, world, local_rank, local_world, where, restarts, launcher)
 
 
