@@ -492,9 +492,7 @@ def main() -> int:
     parser.add_argument("--first", type=non_negative_int, default=1, help="number of the first subject")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the whole set")
     args = vars(parser.parse_args())
-    sys.stdout.write(
-        f"{len(args['sequences']) * args['subjects']} scans of {args['subjects']} heads in {write_phantoms(**args)}\n"
-    )
+    sys.stdout.write(f"{args['subjects']} heads in {write_phantoms(**args)}\n")
     return 0
 
 
