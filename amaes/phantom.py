@@ -482,9 +482,8 @@ def make_demo_data(folder: Path, labels: bool = False) -> Path:
 
 
 def main() -> int:
-    """Write a set of heads; the exit status."""
     parser = Parser(prog="python -m amaes.phantom", description="Write synthetic heads as NIfTI files.")
-    parser.add_argument("--out", dest="folder", type=Path, required=True, metavar="DIR", help="to write, new or empty")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--subjects", type=positive_int, default=8, help="number of heads")
     parser.add_argument("--sequences", nargs="+", choices=list(SIGNAL), default=list(SIGNAL), help="scans of each head")
     parser.add_argument("--labels", action="store_true", help="also write label maps: 1 lesion, 2 ventricle")
@@ -492,7 +491,8 @@ def main() -> int:
     parser.add_argument("--first", type=non_negative_int, default=1, help="number of the first subject")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the whole set")
     args = vars(parser.parse_args())
-    sys.stdout.write(f"{args['subjects']} heads in {write_phantoms(**args)}\n")
+    folder = write_phantoms(args.pop("out"), **args)
+    sys.stdout.write(f"{len(args['sequences']) * args['subjects']} scans of {args['subjects']} heads in {folder}\n")
     return 0
 
 
