@@ -182,21 +182,26 @@ def as_plain(args: argparse.Namespace) -> dict:
 
 
 def check_patch_size(patch_size: tuple[int, int, int], arch: str, token_size: int = 1) -> None:
-    """Refuse a patch that the network or the mask cannot divide, or that shrinks to one voxel.
+    """Refuse a patch that the network or the mask cannot divide, or that shrinks to one voxel, which has no variance.
 
     Raises:
         ValueError: names sizes that are accepted.
     """
     with torch.device("meta"):
         stride = build_encoder(arch).strides[-1]
-    unit, least = math.lcm(stride, token_size), 2 * stride
+    unit = math.lcm(stride, token_size)
+    takes = f"{arch} with tokens of {token_size} takes multiples of {unit}"
     for side in patch_size:
-        if side % unit or side < least:
-            below = max(side // unit, -(-least // unit)) * unit
+        if side % unit or side < unit:
+            below = max(side // unit, -(-2 * stride // unit)) * unit
             raise ValueError(
-                f"--patch-size {_words(patch_size)}: {side} is not accepted; {arch} with tokens of {token_size} takes "
-                f"multiples of {unit} from {least} on, e.g. {below} or {below + unit}"
+                f"--patch-size {_words(patch_size)}: {side} is not accepted; {takes}, e.g. {below} or {below + unit}"
             )
+    if max(patch_size) == stride:
+        raise ValueError(
+            f"--patch-size {_words(patch_size)}: shrinks to one voxel, which cannot be normalized; {takes}, "
+            f"{2 * stride} or more along one axis"
+        )
 
 
 def check_batch(batch_size: int, world: int, accumulate: int | str) -> None:

@@ -63,13 +63,19 @@ def test_patches_must_divide():
     options.check_patch_size((32, 48, 64), "unet_tiny", token_size=4)
     for patch, hint in [
         ((33, 32, 32), "e.g. 32 or 48"),
-        ((16, 32, 32), "e.g. 32 or 48"),
+        ((0, 32, 32), "e.g. 32 or 48"),
         ((32, 100, 32), "e.g. 96 or 112"),
     ]:
-        with pytest.raises(ValueError, match=f"multiples of 16 from 32 on, {hint}"):
+        with pytest.raises(ValueError, match=f"multiples of 16, {hint}"):
             options.check_patch_size(patch, "unet_tiny")
-    with pytest.raises(ValueError, match="multiples of 48 from 32 on, e.g. 48 or 96"):
+    with pytest.raises(ValueError, match="multiples of 48, e.g. 48 or 96"):
         options.check_patch_size((32, 48, 48), "unet_tiny", token_size=6)
+
+
+def test_a_patch_must_not_shrink_to_one_voxel():
+    options.check_patch_size((16, 32, 16), "unet_tiny")
+    with pytest.raises(ValueError, match="shrinks to one voxel.* 32 or more along one axis"):
+        options.check_patch_size((16, 16, 16), "unet_tiny")
 
 
 def test_batches_must_be_shared_out():
