@@ -288,8 +288,21 @@ def loop(args, plan: Plan, ranks, network: nn.Module, wrapped: distributed.Wrapp
     progress = Progress(args.out, ranks, step, plan.steps, *sizes, describe, wrapped.all_reduce_ms)
     saving = SavePoints(StopRequest(), ranks, args.save_every, args.save_minutes, plan.steps)
     clock = progress.clock
+
+    def validated() -> bool:
+        """Validate where `step` asks for it; False where a request to stop cut that short."""
+        if not plan.validation or (step % val_every and step != plan.steps):
+            return True
+        if (means := validate(network, plan, args, ranks, progress, saving)) is None:
+            return False
+        progress.write(step=step, val_loss=means[0], val_baseline=means[1])
+        log(f"step {step}: validation loss {means[0]:.5f} (predicting {objective.trivial}: {means[1]:.5f})")
+        clock.start()
+        return True
+
+    finished = not step or distributed.from_main(progress.has("val_loss")) or validated()
     network.train()
-    while step < plan.steps:
+    while finished and step < plan.steps:
         lr = warmup_cosine(step, args.lr, round(args.warmup * plan.steps), plan.steps)
         set_lr(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)
@@ -307,23 +320,20 @@ def loop(args, plan: Plan, ranks, network: nn.Module, wrapped: distributed.Wrapp
         step += 1
         clock.lap("optimizer")
         progress.report(step, lr, network)
-        if plan.validation and (step % val_every == 0 or step == plan.steps):
-            loss, baseline = validate(network, plan, args, ranks, progress)
-            progress.write(step=step, val_loss=loss, val_baseline=baseline)
-            log(f"step {step}: validation loss {loss:.5f} (predicting {objective.trivial}: {baseline:.5f})")
-            clock.start()
+        finished = validated()
         if args.panels_every and (step % (args.panels_every * plan.steps_per_epoch) == 0 or step == plan.steps):
             draw_panels(args.out / "panels" / f"step-{step}.png", network, plan, args, ranks)
             clock.start()
-        if saving.due(step):
+        if saving.due(step) or not finished:
             progress.check_before_saving(step, network)
             if ranks.is_main:
                 content = checkpoint_content(plan.task, step, network, optimizer, plan.store, plan.build, args)
                 checkpoint.save(args.out / "checkpoints", content, args.keep)
             clock.start()
-        if saving.stopping and step < plan.steps:
-            raise KeyboardInterrupt(f"saved at step {step}; the same command continues")
+        finished = finished and not (saving.stopping and step < plan.steps)
     progress.close()
+    if not finished:
+        raise KeyboardInterrupt(f"saved at step {step}; the same command continues")
 
 
 def batches_from(step: int, args, plan: Plan, ranks: distributed.Ranks, log) -> tuple[Iterator, Batches]:
@@ -393,29 +403,37 @@ def measure(args, plan: Plan, ranks, network: nn.Module, wrapped: distributed.Wr
 
 @torch.no_grad()
 def validate(
-    network: nn.Module, plan: Plan, args: argparse.Namespace, ranks: distributed.Ranks, progress: Progress
-) -> tuple[float, float]:
+    network: nn.Module,
+    plan: Plan,
+    args: argparse.Namespace,
+    ranks: distributed.Ranks,
+    progress: Progress,
+    saving: SavePoints,
+) -> tuple[float, float] | None:
     """Mean loss over the validation volumes, one fixed patch of each, and that of a trivial prediction.
 
-    Ranks share the volumes; each counts once.
+    Ranks share the volumes; each counts once. None where a rank was asked to stop meanwhile: it does not go on.
     """
     network.eval()
-    sums = torch.zeros(3, device=ranks.device)  # loss, baseline, volumes
+    sums = torch.zeros(4, device=ranks.device)  # loss, baseline, volumes, ranks that stopped
     patches = validation_patches(plan, args)
     size = plan.objective.validation_batch
     groups = [plan.validation[i : i + size] for i in range(0, len(plan.validation), size)]
     mine = [[(0, case) for case in group] for group in groups[ranks.rank :: ranks.world]]
     for batch in loader(patches, mine, workers=0, pin_memory=False):
+        if saving.stop_requested:
+            sums[3] = 1
+            break
         progress.bad_cases(batch["bad"], tqdm.write)
         inputs, targets = plan.objective.prepare(batch, ranks.device, training=False)
         with plan.autocast:
             outputs = network(inputs)
         terms = plan.objective.losses(outputs, targets)
         losses = torch.stack([sum(terms.values()), plan.objective.baseline(targets)])
-        sums += torch.cat([losses, losses.new_ones(1)]) * len(batch["case"])
-    loss, baseline, count = distributed.sum_over_ranks(sums).tolist()
+        sums[:3] += torch.cat([losses, losses.new_ones(1)]) * len(batch["case"])
+    loss, baseline, count, stopped = distributed.sum_over_ranks(sums).tolist()
     network.train()
-    return loss / count, baseline / count
+    return None if stopped else (loss / count, baseline / count)
 
 
 @torch.no_grad()

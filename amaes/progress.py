@@ -136,6 +136,11 @@ class SavePoints:
         self._asked, self._ask_from = None, 0  # the step after which hosts asked each other, and will again
         self.stopping = False
 
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to stop; others may not know yet."""
+        return self._stop.requested or self._ranks.abandoned
+
     def due(self, step: int) -> bool:
         """Whether to save after `step`; then `stopping` tells whether to end there.
 
@@ -143,7 +148,7 @@ class SavePoints:
         that no host, running ahead of its device, waits for another one, or more often where ten steps take long.
         """
         now = time.monotonic()
-        wishes = [self._stop.requested or self._ranks.abandoned, now - self._saved > self._seconds]
+        wishes = [self.stop_requested, now - self._saved > self._seconds]
         if self._ranks.world > 1:
             asking = self._ranks.device.type == "cpu" or step >= self._ask_from
             wishes = self._ask(step, wishes, now) if asking else [False, False]
@@ -339,6 +344,10 @@ class Progress:
         """A line of metrics.jsonl, on rank 0."""
         if self._metrics is not None:
             self._metrics.write(**values)
+
+    def has(self, name: str) -> bool:
+        """Whether `name` was written for the step that the run continues from; on rank 0."""
+        return self._metrics is not None and name in self._metrics.names
 
     def close(self) -> None:
         """End the progress bar."""

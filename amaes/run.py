@@ -213,10 +213,14 @@ def _now() -> str:
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line. Lines past the step that a run continues from are dropped."""
+    """`metrics.jsonl`: one JSON object a line. Lines past the step that a run continues from are dropped.
+
+    Attributes:
+        names: of what was written for that very step.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = []
+        kept, self.names = [], set()
         if path.is_file():
             for line in path.read_text().splitlines():
                 try:
@@ -225,6 +229,7 @@ class Metrics:
                     continue
                 if isinstance(entry, dict) and entry["step"] <= step:
                     kept.append(line + "\n")
+                    self.names.update(entry if entry["step"] == step else ())
         write_text(path, "".join(kept))
         self._path = path
 

@@ -95,6 +95,44 @@ def test_a_signal_to_all_processes_saves_and_the_same_command_continues(store, t
     assert_equal_weights(two_ranks, out)
 
 
+@pytest.mark.parametrize("at", [4, 8])  # in the middle, and at the end
+def test_a_signal_during_validation_cuts_it_short_and_the_same_command_makes_up_for_it(store, tmp_path, at):
+    changed = {"--steps": 8, "--save-every": 100, "--val-every": 4, "--val-fraction": 0.3}
+    run("train_pretrain.py", *options(store, tmp_path / "plain", **changed))
+    argv = options(store, tmp_path / "cut", **changed)
+    program = SIGNALLED_IN_VALIDATION.format(validation=at // 4, argv=["train_pretrain.py", *map(str, argv)])
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert f"saved at step {at}; the same command continues" in done.stderr
+    assert f"step {at}: validation" not in done.stderr + done.stdout
+    run("train_pretrain.py", *argv)
+    assert_equal_weights(tmp_path / "plain", tmp_path / "cut")
+    assert [v["val_loss"] for v in validations_of(tmp_path / "cut")] == [
+        v["val_loss"] for v in validations_of(tmp_path / "plain")
+    ]
+
+
+SIGNALLED_IN_VALIDATION = """
+import os, signal, sys
+import train_pretrain
+from amaes import cli
+patches, calls = train_pretrain.validation_patches, []
+def signalled(*about):
+    calls.append(about)
+    if len(calls) == {validation}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return patches(*about)
+train_pretrain.validation_patches = signalled
+sys.argv = {argv}
+cli.run(train_pretrain.main)
+"""
+
+
+def validations_of(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "val_loss" in line]
+
+
 def test_two_machines_meet_over_tcp(store, two_ranks, tmp_path):
     out = tmp_path / "run"
     with socket.socket() as probe:
