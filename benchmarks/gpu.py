@@ -1,11 +1,12 @@
-"""One GPU, one command, under nine minutes: pretraining steps, the whole loop, MedNeXt beside plain modules, inference.
+"""One GPU, one command, under nine minutes: pretraining steps, the whole loop, objectives, MedNeXt, inference.
 
     python benchmarks/gpu.py [--json gpu.json] [--only pretraining loop] [--profile]
     python benchmarks/gpu.py --quick --device cpu
 
 A row is one measurement. Every section has its share of --seconds; rows that come after it is used up are recorded as
 not measured, those that do not fit into the GPU's memory as "out of memory". --quick measures tiny networks on tiny
-patches: it shows that the script works, and nothing else. The step is that of train_pretrain.py: augmentation, masking,
+patches: it shows that the script works, and nothing else; on the CPU, --only objectives --patch-size 64 --repeats 1 is
+of use. The step is that of train_pretrain.py: augmentation, masking,
 forward and backward pass in bf16 autocast, optimizer; "plain" is the published form of the network (train_step.py,
 models.py). Memory is the peak on a GPU, what autograd keeps on the CPU.
 """
@@ -34,11 +35,12 @@ from amaes.benchmark import seconds_per_step, training_flop
 from amaes.data import Batches, Patches, Store, loader
 from amaes.files import write_json
 from amaes.inference import sliding_window
-from amaes.models import build_autoencoder, build_segmenter
+from amaes.models import build_autoencoder, build_segmenter, build_swin_ssl
 from amaes.models.ops import up_conv
-from amaes.objectives import MaskedReconstruction
+from amaes.objectives import MaskedReconstruction, Objective
 from amaes.optim import build_optimizer
 from amaes.run import commit, versions
+from amaes.swin_objective import SwinSelfSupervision
 
 MODES = ("compiled", "eager")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
@@ -71,7 +73,7 @@ class Section:
 
     def seconds(self, step: Callable[[], None]) -> float:
         """Mean of a few steps, after warming up."""
-        return seconds_per_step(step, 1 if self.args.quick else 12, self.device)
+        return seconds_per_step(step, self.args.repeats, self.device)
 
     def memory(self, step: Callable[[], None]) -> float:
         """GB at the peak of a step that has run before (CUDA), or kept by autograd (CPU)."""
@@ -90,19 +92,28 @@ def _short(value: object) -> str:
 # Pretraining ----------------------------------------------------------------------------------------------------------
 
 
+OBJECTIVES: dict[str, Callable[[tuple], Objective]] = {
+    "amaes": lambda patch: MaskedReconstruction(PretrainAugment(patch), 4, 0.6, "all"),
+    "swin": SwinSelfSupervision,
+}
+BUILDS = {"amaes": build_autoencoder, "swin": build_swin_ssl}
+
+
 class Pretraining:
     """What train_pretrain.py does in a step, on a batch of random windows."""
 
-    def __init__(self, section: Section, arch: str, batch: int, layout: str, mode: str) -> None:
-        self.device, self.autocast, side = section.device, section.autocast, 32 if section.args.quick else 128
-        self.objective = MaskedReconstruction(PretrainAugment((side,) * 3), 4, 0.6, "all")
+    def __init__(
+        self, section: Section, arch: str, batch: int, layout: str, mode: str, objective: str = "amaes"
+    ) -> None:
+        self.device, self.autocast, self.build = section.device, section.autocast, partial(BUILDS[objective], arch)
+        self.objective = OBJECTIVES[objective](section.args.patch_size)
         torch.manual_seed(0)
-        network = build_autoencoder(arch)
+        network = self.build()
         network = plain_copy(network) if mode == "plain" else network
         self.network = network.to(self.device, memory_format=LAYOUTS[layout])
         self.optimizer = build_optimizer(self.network.parameters(), 1e-4, 3e-5, amsgrad=True)
         self.model = torch.compile(self.network) if mode == "compiled" else self.network
-        self.layout, self.shape = LAYOUTS[layout], (1, 1, side, side, side)
+        self.layout, self.shape = LAYOUTS[layout], (self.objective.views, 1, *section.args.patch_size)
         image = torch.rand(batch, 1, *self.objective.window_size, dtype=torch.float16)
         image = image.pin_memory() if self.device.type == "cuda" else image
         cases = list(range(batch))
@@ -143,21 +154,29 @@ def pretraining(section: Section) -> None:
         row(arch=arch, batch=batch, layout="channels_last_3d", mode="compiled")
 
 
-def _pretraining_row(section: Section, arch: str, batch: int, layout: str, mode: str) -> dict:
-    run = Pretraining(section, arch, batch, layout, mode)
+def _pretraining_row(section: Section, **label) -> dict:
+    run = Pretraining(section, **label)
     times = run.times(section)
     ready = run.prepare(next(run.batches))
     gb = section.memory(partial(run.step, lambda: ready))
     with torch.device("meta"):
-        flop = training_flop(build_autoencoder(arch), run.shape)
+        flop = training_flop(run.build(), run.shape)
     result = {"ms": 1000 * times["network"], "ms_with_augmentation": 1000 * times["augmentation"], "gb": gb}
-    result["patches_per_s"] = batch / times["augmentation"]
+    result["patches_per_s"] = label["batch"] / times["augmentation"]
     result["augmentation_share"] = 1 - times["network"] / times["augmentation"]
-    result["tflops"] = flop * batch / times["network"] / 1e12
+    result["tflops"] = flop * label["batch"] / times["network"] / 1e12
     if section.args.profile:
         result["operators"] = operators(run.model, ready[0], half=True)
         print(result["operators"])
     return result
+
+
+def objectives(section: Section) -> None:
+    """AMAES with three encoders, and SwinUNETR's self-supervision, which has two views of a patch in a network."""
+    archs = ("unet_tiny", "swin_tiny") if section.args.quick else ("unet_b", "unet_xl", "swin_unetr")
+    mode = "compiled" if section.device.type == "cuda" else "eager"
+    for objective, arch in [*(("amaes", arch) for arch in archs), ("swin", archs[-1])]:
+        section.row(_pretraining_row, objective=objective, arch=arch, batch=2, layout="contiguous", mode=mode)
 
 
 def loop(section: Section) -> None:
@@ -171,7 +190,7 @@ def _loop_row(section: Section, arch: str, batch: int, workers: int) -> dict:
     mode = "eager" if section.args.quick else "compiled"
     run = Pretraining(section, arch, batch, "contiguous", mode)
     with tempfile.TemporaryDirectory() as folder:
-        write_store(Path(folder), count=2 * batch, side=int(1.2 * run.shape[-1]))
+        write_store(Path(folder), count=2 * batch, side=int(1.2 * max(run.shape[2:])))
         store = Store(folder)
         patches = Patches(store, run.shape[2:], run.objective.window_size, crop="window")
         batches = loader(
@@ -200,7 +219,7 @@ def _mednext_row(section: Section, arch: str, mode: str, form: str) -> dict:
     network = build(arch, "mednext").to(section.device)
     network = plain_copy(network) if form == "plain" else network
     model = torch.compile(network) if mode == "compiled" else network
-    image = torch.rand(1, 1, *[32 if section.args.quick else 128] * 3, device=section.device)
+    image = torch.rand(1, 1, *section.args.patch_size, device=section.device)
     gb = step_memory(model, image, half=True)
     return {"ms": 1000 * min(seconds(model, image, half=True) for _ in range(3)), "gb": gb}
 
@@ -230,18 +249,18 @@ def _upsampling_row(section: Section, channels: int, coarse_side: int, batch: in
 
 def inference(section: Section) -> None:
     """Sliding window over a scan, U-Net with skip connections, windows overlapping by half."""
-    shape, patch = ((40, 48, 36), 32) if section.args.quick else ((182, 218, 182), 128)
+    shape, patch = (40, 72, 36) if section.args.quick else (182, 218, 182), section.args.patch_size
     archs = ("unet_tiny",) if section.args.quick else ("unet_b", "unet_xl", "mednext_b")
     for arch in archs:
         section.row(_inference_row, arch=arch, shape=shape, patch=patch)
 
 
-def _inference_row(section: Section, arch: str, shape: tuple[int, int, int], patch: int) -> dict:
+def _inference_row(section: Section, arch: str, shape: tuple[int, int, int], patch: tuple) -> dict:
     network = build_segmenter(arch).to(section.device).eval()
     image = torch.rand(1, *shape, device=section.device)
 
     def scan() -> None:
-        sliding_window(network, image, (patch,) * 3)
+        sliding_window(network, image, patch)
 
     scan()
     gb = {"gb": section.memory(scan)} if section.device.type == "cuda" else {}
@@ -252,7 +271,8 @@ def _inference_row(section: Section, arch: str, shape: tuple[int, int, int], pat
 SECTIONS: dict[str, tuple[Callable[[Section], None], float]] = {
     "pretraining": (pretraining, 0.4),
     "loop": (loop, 0.15),
-    "mednext": (mednext, 0.3),
+    "objectives": (objectives, 0.1),
+    "mednext": (mednext, 0.2),
     "upsampling": (upsampling, 0.05),
     "inference": (inference, 0.1),
 }
@@ -263,11 +283,16 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the script")
     add("--quick", action="store_true", help="tiny networks and patches: seconds, and no meaning")
+    add("--patch-size", type=cli.positive_int, metavar="N", help="cube (default: 128; with --quick 64 x 32 x 32)")
+    add("--repeats", type=cli.positive_int, help="steps that are timed (default: 12; with --quick 1)")
     add("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to measure")
     add("--seconds", type=cli.positive_int, default=300, help="for all sections; a row that has begun is finished")
     add("--profile", action="store_true", help="table of operators for each pretraining row")
     add("--json", type=Path, metavar="FILE", default=Path("gpu.json"), help="where the numbers go")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.repeats = args.repeats or (1 if args.quick else 12)
+    args.patch_size = (args.patch_size,) * 3 if args.patch_size else (64, 32, 32) if args.quick else (128,) * 3
+    return args
 
 
 def main() -> int:
@@ -276,6 +301,7 @@ def main() -> int:
         raise ValueError("--device cuda: no CUDA device here; this script needs one GPU, or --quick --device cpu")
     device = torch.device(args.device)
     result = {"device": device_name(device), "cores": os.cpu_count(), "quick": args.quick, "commit": commit()}
+    result |= {"patch_size": args.patch_size, "repeats": args.repeats}
     result["versions"] = versions() | {"cuda": torch.version.cuda}
     if args.device == "cuda":
         result["gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9

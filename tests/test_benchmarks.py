@@ -30,6 +30,7 @@ def test_every_section_of_the_quick_run_ends_in_a_file_of_numbers(tmp_path):
     needed = {
         "pretraining": {"arch", "batch", "layout", "mode", "ms", "gb", "patches_per_s", "augmentation_share", "tflops"},
         "loop": {"workers", "patches_per_s", "data_share", "augmentation_share"},
+        "objectives": {"objective", "arch", "ms", "ms_with_augmentation", "gb", "patches_per_s", "tflops"},
         "mednext": {"arch", "form", "mode", "ms", "gb"},
         "upsampling": {"channels", "form", "ms", "gb"},
         "inference": {"arch", "shape", "seconds"},
