@@ -182,13 +182,14 @@ def as_plain(args: argparse.Namespace) -> dict:
 
 
 def check_patch_size(patch_size: tuple[int, int, int], arch: str, token_size: int = 1) -> None:
-    """Refuse a patch that the network or the mask cannot divide, or that shrinks to one voxel, which has no variance.
+    """Refuse a patch that the network or the mask cannot divide, or of which the coarsest stage keeps too few voxels.
 
     Raises:
         ValueError: names sizes that are accepted.
     """
     with torch.device("meta"):
-        stride = build_encoder(arch).strides[-1]
+        encoder = build_encoder(arch)
+    stride, fewest = encoder.strides[-1], encoder.fewest_voxels
     unit = math.lcm(stride, token_size)
     takes = f"{arch} with tokens of {token_size} takes multiples of {unit}"
     for side in patch_size:
@@ -197,10 +198,11 @@ def check_patch_size(patch_size: tuple[int, int, int], arch: str, token_size: in
             raise ValueError(
                 f"--patch-size {_words(patch_size)}: {side} is not accepted; {takes}, e.g. {below} or {below + unit}"
             )
-    if max(patch_size) == stride:
+    left = math.prod(side // stride for side in patch_size)
+    if left < fewest:
         raise ValueError(
-            f"--patch-size {_words(patch_size)}: shrinks to one voxel, which cannot be normalized; {takes}, "
-            f"{2 * stride} or more along one axis"
+            f"--patch-size {_words(patch_size)}: leaves {left} voxels at the coarsest stage, too few for its norms; "
+            f"{takes} that leave {fewest} or more, one for {stride} x {stride} x {stride}"
         )
 
 

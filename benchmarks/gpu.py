@@ -39,6 +39,7 @@ from amaes.models import build_autoencoder, build_segmenter, build_swin_ssl
 from amaes.models.ops import up_conv
 from amaes.objectives import MaskedReconstruction, Objective
 from amaes.optim import build_optimizer
+from amaes.options import check_patch_size
 from amaes.run import commit, versions
 from amaes.swin_objective import SwinSelfSupervision
 
@@ -173,9 +174,10 @@ def _pretraining_row(section: Section, **label) -> dict:
 
 def objectives(section: Section) -> None:
     """AMAES with three encoders, and SwinUNETR's self-supervision, which has two views of a patch in a network."""
-    archs = ("unet_tiny", "swin_tiny") if section.args.quick else ("unet_b", "unet_xl", "swin_unetr")
+    rows = [("amaes", "unet_b"), ("amaes", "unet_xl"), ("amaes", "swin_unetr"), ("swin", "swin_unetr")]
+    rows = [("amaes", "unet_tiny"), ("swin", "swin_tiny")] if section.args.quick else rows
     mode = "compiled" if section.device.type == "cuda" else "eager"
-    for objective, arch in [*(("amaes", arch) for arch in archs), ("swin", archs[-1])]:
+    for objective, arch in rows:
         section.row(_pretraining_row, objective=objective, arch=arch, batch=2, layout="contiguous", mode=mode)
 
 
@@ -292,6 +294,7 @@ def parse_options() -> argparse.Namespace:
     args = parser.parse_args()
     args.repeats = args.repeats or (1 if args.quick else 12)
     args.patch_size = (args.patch_size,) * 3 if args.patch_size else (64, 32, 32) if args.quick else (128,) * 3
+    check_patch_size(args.patch_size, "swin_unetr")
     return args
 
 

@@ -121,8 +121,9 @@ def step(network: nn.Module, image: torch.Tensor, half: bool) -> None:
     """One forward and backward pass."""
     network.zero_grad()
     with torch.autocast(image.device.type, torch.bfloat16, enabled=half):
-        output = network(image)
-    output.float().square().mean().backward()
+        outputs = network(image)
+    outputs = outputs if isinstance(outputs, tuple | list) else [outputs]
+    sum(output.float().square().mean() for output in outputs).backward()
 
 
 def kept_bytes(step: Callable[[], object]) -> int:

@@ -72,10 +72,17 @@ def test_patches_must_divide():
         options.check_patch_size((32, 48, 48), "unet_tiny", token_size=6)
 
 
-def test_a_patch_must_not_shrink_to_one_voxel():
-    options.check_patch_size((16, 32, 16), "unet_tiny")
-    with pytest.raises(ValueError, match="shrinks to one voxel.* 32 or more along one axis"):
-        options.check_patch_size((16, 16, 16), "unet_tiny")
+def test_a_patch_must_leave_the_coarsest_stage_enough_voxels():
+    options.check_patch_size((16, 32, 32), "unet_tiny")
+    options.check_patch_size((16, 32, 16), "mednext_s")
+    options.check_patch_size((32, 64, 32), "swin_tiny")
+    for patch, arch, message in [
+        ((16, 32, 16), "unet_tiny", "leaves 2 voxels .* multiples of 16 that leave 4 or more"),
+        ((16, 16, 16), "mednext_s", "leaves 1 voxels .* multiples of 16 that leave 2 or more"),
+        ((32, 32, 32), "swin_tiny", "leaves 1 voxels .* multiples of 32 that leave 2 or more"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            options.check_patch_size(patch, arch)
 
 
 def test_batches_must_be_shared_out():

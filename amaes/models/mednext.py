@@ -107,7 +107,10 @@ class MedNeXt(nn.Module):
         channels, strides: of each stage, finest first.
         decoders: the form that a decoder takes for this encoder, by name: "mednext" mirrors the encoder.
         variant: what shapes of weights do not tell.
+        fewest_voxels: of the coarsest feature that can be trained on; its norms have a way around them.
     """
+
+    fewest_voxels = 2
 
     def __init__(
         self,

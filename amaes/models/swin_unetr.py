@@ -194,7 +194,10 @@ class SwinUNETR(nn.Module):
         channels, strides: of each feature, finest first.
         decoders: the form that a decoder takes for this encoder, by name: "unet" is SwinUNETR's own.
         variant: what shapes of weights do not tell.
+        fewest_voxels: of the coarsest feature that can be trained on; its own norms are over channels.
     """
+
+    fewest_voxels = 2
 
     def __init__(self, in_channels: int = 1, width: int = 48, merging: str = "fixed") -> None:
         super().__init__()

@@ -53,7 +53,11 @@ class UNet(nn.Module):
         strides: of each stage relative to the input, finest first.
         decoders: forms of a decoder of its own, by name: none.
         variant: what shapes of weights do not tell: nothing.
+        fewest_voxels: of the coarsest feature that can be trained on. Two become +1 and -1 in its instance norms,
+            whatever they were: no gradient passes, and without skip connections the encoder learns nothing.
     """
+
+    fewest_voxels = 4
 
     def __init__(self, in_channels: int = 1, width: int = 32) -> None:
         super().__init__()
