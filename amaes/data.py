@@ -205,13 +205,12 @@ class Patches(Dataset):
         """Memory that one sample takes at most: float32 image, uint8 label."""
         return (4 * len(self.store.channels) + self.labels) * math.prod(self.window)
 
-    def always_middle(self, indices: Sequence[int]) -> int:
-        """How many of these cases give no patch but their middle along two axes or more."""
-        inner = np.array(self.window if self.crop == "window" else self.patch)
+    def reach(self, indices: Sequence[int]) -> float:
+        """Share of the places in these cases' volumes that a patch can be taken from, (0, 1]; their mean."""
         shapes = np.array([self.store.cases[index].shape for index in indices])
-        # Where the patch itself reaches that far there is nothing but the middle to take.
-        fixed = (shapes <= inner) & (shapes > self.patch)
-        return int((fixed.sum(axis=1) >= 2).sum())
+        placed = self.window if self.crop == "window" else self.patch
+        starts, all_starts = (np.maximum(shapes - size, 0) + 1 for size in (placed, self.patch))
+        return float((starts / all_starts).prod(axis=1).mean())
 
     def __getitem__(self, where: tuple[int, int]) -> dict | Exception:
         """{"image": (C, *window), "epoch", "case", "read", "bad"} and with labels "label": (*window); or an error.

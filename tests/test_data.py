@@ -251,15 +251,13 @@ def test_zscored_stores_are_padded_with_their_minimum(store):
     assert (item["image"][:, :6] == -1.5).all()
 
 
-def test_volumes_that_give_their_middle_only_are_counted(tmp_path):
-    store = Store(make_store(tmp_path / "store", count=6))
-    shapes = np.array([case.shape for case in store.cases])
-    patch, large = (shapes.min(axis=0) - 4).tolist(), shapes.max(axis=0).tolist()
-    everything = range(len(store.cases))
-    assert Patches(store, patch, large, crop="window").always_middle(everything) == 6
-    assert Patches(store, patch, large, crop="patch").always_middle(everything) == 0
-    assert Patches(store, patch, patch, crop="window").always_middle(everything) == 0
-    assert Patches(store, patch, [*patch[:2], large[2]], crop="window").always_middle(everything) == 0
+def test_the_share_of_places_that_a_patch_can_come_from(tmp_path):
+    store = Store(make_store(tmp_path / "store", count=1))
+    x, y, z = store.cases[0].shape
+    patch, window = (x - 3, y - 1, z), (x - 1, y, z + 5)  # 4 x 2 x 1 places, of which the window leaves 2 x 1 x 1
+    assert Patches(store, patch, window, crop="window").reach([0]) == 2 / 8
+    assert Patches(store, patch, window, crop="patch").reach([0]) == 1
+    assert Patches(store, patch, crop="window").reach([0]) == 1
 
 
 def test_unknown_crop_is_named(store):
