@@ -351,8 +351,8 @@ def batches_from(step: int, args, plan: Plan, ranks: distributed.Ranks, log) -> 
     patches = Patches(plan.store, args.patch_size, plan.objective.window_size, **read)
     if (reach := patches.reach(plan.train)) < 0.5:
         log(
-            f"--crop window, as published: patches come from {100 * reach:.1f} % of the places in their volumes, the middle "
-            "ones; --crop patch takes them from anywhere, as validation does"
+            f"--crop window, as published: patches come from {100 * reach:.1f} % of the places in their volumes, the "
+            "middle ones; --crop patch takes them from anywhere, as validation does"
         )
     at_once = args.batch_size // (ranks.world * plan.accumulate) * patches.sample_bytes()
     if line := backend.check_shared_memory(args.workers, at_once, local_world=ranks.local_world):
