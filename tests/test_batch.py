@@ -365,6 +365,7 @@ def test_a_killed_run_continues_to_the_same_store(scans, tmp_path):
 def test_interrupt_ends_with_130_and_keeps_what_is_done(scans, tmp_path):
     folder, store = scans(40, shape=(60, 62, 30)), tmp_path / "s"
     line = [sys.executable, "-m", "amaes.preprocess", "--images", str(folder), "--out", str(store), "--workers", "1"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so do theirs
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 60
     while not (store / "report.jsonl").is_file() and time.monotonic() < limit:
