@@ -18,15 +18,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from amaes import checkpoint, cli, metrics, nifti, paper, protocols, results
-from amaes.backend import use_bf16
-from amaes.data import Store
+from amaes import checkpoint, cli, metrics
+from amaes.data.store import Store
 from amaes.distributed import pick_device
+from amaes.evaluation import tables
 from amaes.files import locked, read_json, sha256, write_json, write_text, written_whole
+from amaes.hardware import use_bf16
 from amaes.inference import argmax_labels, restore_labels, sliding_window
-from amaes.inputs import read_label
+from amaes.paper import compare, protocols
 from amaes.predict import add_inference_options, file_values, inference_options, reason
-from amaes.preprocess import Config
+from amaes.preprocess import nifti
+from amaes.preprocess.config import Config
+from amaes.preprocess.read_case import read_label
 
 IGNORED = 255  # class number of voxels that are left out of both maps
 DEFAULT_METRICS = ["dice", "hd95", "surface_dice", "volume_difference"]
@@ -42,21 +45,29 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all summaries and comparisons there")
     group = parser.add_argument_group("metrics")
     group.add_argument(
-        "--metrics", nargs="+", choices=list(metrics.METRICS), default=DEFAULT_METRICS, metavar="NAME",
+        "--metrics",
+        nargs="+",
+        choices=list(metrics.METRICS),
+        default=DEFAULT_METRICS,
+        metavar="NAME",
         help=f"Dice always, and any of {', '.join(metrics.METRICS)}",
-    )  # fmt: skip
+    )
     group.add_argument("--tau", type=cli.positive_float, default=1.0, help="tolerance of the surface Dice, mm")
     group.add_argument(
         "--empty", choices=metrics.EMPTY, default="nan", help="score of a class that neither map has; nan: left out"
     )
     group.add_argument(
-        "--space", choices=list(SPACES), default="native",
+        "--space",
+        choices=list(SPACES),
+        default="native",
         help="native: on the scans' grids, against the label files as they are; store: against the preprocessed labels",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--missing", choices=["error", "zero"], default="error",
+        "--missing",
+        choices=["error", "zero"],
+        default="error",
         help="a case that cannot be predicted is left out of the means, or counts as empty; it is listed in any case",
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("the paper's experiments")
     group.add_argument("--paper", action="store_true", help="set the numbers beside the paper's, with what differs")
     group.add_argument(
@@ -64,10 +75,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--allow-incomplete", action="store_true", help="with --protocol: fewer cases than there are")
     group.add_argument(
-        "--wmh-label2", choices=["ignore", "background"],
+        "--wmh-label2",
+        choices=["ignore", "background"],
         help="other pathology in label files of WMH: voxels left out of both maps, or background (default of runs with "
         "--protocol wmh: ignore)",
-    )  # fmt: skip
+    )
     add_inference_options(parser.add_argument_group("prediction"))
     args = parser.parse_args(argv)
     if args.protocol and args.data is None:
@@ -105,19 +117,23 @@ def main(argv: list[str] | None = None) -> int:
             f"{path}/fold{f['fold']}: {case['id']}: {case['message']}" for f in scored for case in f["failed"]
         ]
         summary = {
-            "format": "amaes-summary-1", "run": str(path), "store": {"path": str(store.path), "id": store.fingerprint},
-            "settings": scored[0]["settings"], "checkpoints": [fold["checkpoint"] for fold in scored],
-            "labels": {str(value): name for value, name in store.labels.items()}, **results.summarise(scored),
-        }  # fmt: skip
-        text.append(results.run_tables(str(path), summary, summary["labels"], describe(summary)))
+            "format": "amaes-summary-1",
+            "run": str(path),
+            "store": {"path": str(store.path), "id": store.fingerprint},
+            "settings": scored[0]["settings"],
+            "checkpoints": [fold["checkpoint"] for fold in scored],
+            "labels": {str(value): name for value, name in store.labels.items()},
+            **tables.summarise(scored),
+        }
+        text.append(tables.run_tables(str(path), summary, summary["labels"], describe(summary)))
         if groups:
-            summary["groups"] = results.summarise_groups(scored, groups)
-            text[-1] += "\n" + results.group_table(summary["groups"])
+            summary["groups"] = tables.summarise_groups(scored, groups)
+            text[-1] += "\n" + tables.group_table(summary["groups"])
         if args.paper:
             options = options_of(path)
-            summary["paper"] = paper.compare(options, summary, args.protocol, pretraining_of(options))
-            text[-1] += "\n" + paper.comparison_text(str(path), summary, summary["paper"])
-        write_json(path / f"summary{suffix}.json", results.plain(summary))
+            summary["paper"] = compare.compare(options, summary, args.protocol, pretraining_of(options))
+            text[-1] += "\n" + compare.comparison_text(str(path), summary, summary["paper"])
+        write_json(path / f"summary{suffix}.json", tables.plain(summary))
         write_text(path / f"summary{suffix}.md", text[-1])
         evaluated.append((path, summary, scored))
 
@@ -125,14 +141,14 @@ def main(argv: list[str] | None = None) -> int:
     comparisons = []
     first_path, first_summary, first = evaluated[0]
     for path, summary, scored in evaluated[1:]:
-        rows = results.compare(first, scored)
+        rows = tables.compare(first, scored)
         comparisons.append({"first": str(first_path), "second": str(path), "dice": rows})
         titles = (str(first_path), str(path))
-        text.append(results.comparison_tables(titles, (first_summary, summary), rows, summary["labels"]))
+        text.append(tables.comparison_tables(titles, (first_summary, summary), rows, summary["labels"]))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         content = {"runs": [summary for _, summary, _ in evaluated], "comparisons": comparisons}
-        write_json(args.json, results.plain(content))
+        write_json(args.json, tables.plain(content))
 
     print("\n".join(text), flush=True)
     for line in complaints:
@@ -151,9 +167,13 @@ def _evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: t
     check_preprocessing(fold, meta, store)
     identity = {"file": fold.checkpoint.name, "step": meta["step"], "sha256": sha256(fold.checkpoint)}
     made_by = {
-        "checkpoint": identity["sha256"], "store": store.fingerprint, "space": args.space, "overlap": args.overlap,
-        "tta": args.tta, "precision": "bf16" if use_bf16(device, args.precision) else "fp32",
-    }  # fmt: skip
+        "checkpoint": identity["sha256"],
+        "store": store.fingerprint,
+        "space": args.space,
+        "overlap": args.overlap,
+        "tta": args.tta,
+        "precision": "bf16" if use_bf16(device, args.precision) else "fp32",
+    }
     folder = open_predictions(fold, made_by, stamps(store, fold.test))
     space = SPACES[args.space](store, folder, fold.ignored)
     classes_of = regions(store, meta["build"]["num_classes"])
@@ -187,24 +207,40 @@ def _evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: t
             if reference.ignored is not None:
                 prediction[reference.ignored] = 0
             classes = metrics.measure_case(
-                prediction, reference.labels, meta["build"]["num_classes"], reference.spacing, args.metrics, args.empty,
-                regions=classes_of, tau=args.tau,
-            )  # fmt: skip
+                prediction,
+                reference.labels,
+                meta["build"]["num_classes"],
+                reference.spacing,
+                args.metrics,
+                args.empty,
+                regions=classes_of,
+                tau=args.tau,
+            )
             cases.append({"id": id, "classes": classes, "warnings": reference.warnings})
         except Exception as error:
             failed[id] = reason(error)
 
-    means = results.fold_means(cases)
+    means = tables.fold_means(cases)
     settings = {
-        **made_by, "metrics": args.metrics, "tau": args.tau, "empty": args.empty, "missing": args.missing,
+        **made_by,
+        "metrics": args.metrics,
+        "tau": args.tau,
+        "empty": args.empty,
+        "missing": args.missing,
         "ignored_label": fold.ignored,
-    }  # fmt: skip
+    }
     content = {
-        "format": "amaes-results-1", "fold": fold.number, "checkpoint": identity, "settings": settings,
-        "config_hash": Config.from_dict(store.config).hash(), "dice": results.fold_score(means), "classes": means,
-        "cases": cases, "failed": [{"id": id, "message": message} for id, message in failed.items()],
-    }  # fmt: skip
-    write_json(fold.folder / f"results{fold.suffix}.json", results.plain(content))
+        "format": "amaes-results-1",
+        "fold": fold.number,
+        "checkpoint": identity,
+        "settings": settings,
+        "config_hash": Config.from_dict(store.config).hash(),
+        "dice": tables.fold_score(means),
+        "classes": means,
+        "cases": cases,
+        "failed": [{"id": id, "message": message} for id, message in failed.items()],
+    }
+    write_json(fold.folder / f"results{fold.suffix}.json", tables.plain(content))
     return content
 
 

@@ -16,17 +16,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from amaes import backend, checkpoint, cli, distributed, leakage, options
+from amaes import checkpoint, cli, distributed, hardware
 from amaes.augment import FINETUNE_PRESETS as AUGMENTATIONS
 from amaes.augment import FinetuneAugment
-from amaes.data import Batches, Patches, Store, fold_splits, loader, saved_split
+from amaes.data.loader import loader
+from amaes.data.order import Batches
+from amaes.data.patches import Patches
+from amaes.data.splits import fold_splits, saved_split
+from amaes.data.store import Store
+from amaes.evaluation import leakage
 from amaes.files import sha256, write_json
 from amaes.losses import segmentation_loss
 from amaes.models import SEGMENTATION_DECODERS, build_network
-from amaes.optim import build_optimizer, set_lr, skip_if_not_finite, stretched_cosine
-from amaes.progress import Progress, SavePoints, StopRequest
-from amaes.protocols import FOLDS, PROTOCOLS, TRAIN_CASES, check_store, saved_folds
-from amaes.run import checkpoint_content, describe_step, open_run, restore
+from amaes.paper.protocols import FOLDS, PROTOCOLS, TRAIN_CASES, check_store, saved_folds
+from amaes.training import options
+from amaes.training.optim import build_optimizer, set_lr, skip_if_not_finite, stretched_cosine
+from amaes.training.progress import Progress
+from amaes.training.run_folder import checkpoint_content, describe_step, open_run, restore
+from amaes.training.stopping import SavePoints, StopRequest
 
 SCRATCH = "scratch"
 
@@ -114,8 +121,8 @@ def main() -> int:
     # What contradicts itself is refused before any work.
     options.check_batch(args.batch_size, ranks.world, args.accumulate)
     options.check_patch_size(args.patch_size, args.arch)
-    half = backend.use_bf16(ranks.device, args.precision)
-    compiler, how = backend.compiler(ranks.device, args.compile)
+    half = hardware.use_bf16(ranks.device, args.precision)
+    compiler, how = hardware.compiler(ranks.device, args.compile)
     extra = options.unique(args.augment_options, window=args.window)
     augment = FinetuneAugment(args.patch_size, args.augment, args.seed, **extra)
     args.data = str(Path(args.data).absolute())  # so that config.json finds it from any working folder
@@ -140,7 +147,7 @@ def main() -> int:
         checkpoint.load_encoder(trial, Path(args.weights), args.stem, args.allow_partial, args.transfer)
     splits = distributed.from_main(splits_of(store, args) if ranks.is_main else None)
     make = partial(build_network, "segment", build, args.checkpoint_activations)
-    fitting = backend.fit_micro_batch(make, args.patch_size, args.batch_size, ranks, half)
+    fitting = hardware.fit_micro_batch(make, args.patch_size, args.batch_size, ranks, half)
     chosen = {"accumulate": fitting if args.accumulate == "auto" else args.accumulate, "world": ranks.world}
 
     if ranks.is_main:
@@ -152,7 +159,7 @@ def main() -> int:
         refuse_leakage(args, store, splits, pretraining, ranks, log)
     accumulate = distributed.from_main(chosen)["accumulate"] if args.accumulate == "auto" else args.accumulate
     log(f"{options.describe_batch(args.batch_size, accumulate, ranks, args.steps)}, {args.augment} augmentation, {how}")
-    for line in backend.complaints(ranks.device):
+    for line in hardware.complaints(ranks.device):
         log(line)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=half)
     plan = Plan(store, build, accumulate, autocast, compiler, augment, StopRequest())
@@ -160,7 +167,7 @@ def main() -> int:
         if args.fold in ("all", str(fold)):
             log(f"fold {fold}: {len(split['train'])} cases to train on, {len(split['test'])} to test on")
             share = args.batch_size // ranks.world
-            with backend.out_of_memory_explained(ranks.device, accumulate, args.patch_size, share):
+            with hardware.out_of_memory_explained(ranks.device, accumulate, args.patch_size, share):
                 train_fold(args, plan, split, args.out / f"fold{fold}", ranks, log)
     distributed.shutdown()
     log(f"done; next: python evaluate.py {args.out}")
@@ -204,7 +211,7 @@ def train_fold(args: argparse.Namespace, plan: Plan, split: dict, folder: Path, 
     shares = (plan.accumulate, ranks.rank, ranks.world)
     order = Batches(train, args.batch_size, args.seed, step, args.steps, *shares, drop_last=False)
     at_once = args.batch_size // (ranks.world * plan.accumulate) * patches.sample_bytes()
-    if line := backend.check_shared_memory(args.workers, at_once, local_world=ranks.local_world):
+    if line := hardware.check_shared_memory(args.workers, at_once, local_world=ranks.local_world):
         log(line)
     batches = loader(patches, order, args.workers, pin_memory=device.type == "cuda")
     describe = partial(describe_step, order, store, augment.draw)

@@ -17,22 +17,29 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from amaes import backend, benchmark, checkpoint, cli, distributed, options
+from amaes import checkpoint, cli, distributed, hardware
 from amaes.augment import PRESETS as AUGMENTATIONS
 from amaes.augment import FinetuneAugment, PretrainAugment
-from amaes.data import CROPS, Batches, Patches, loader, pretrain_split, saved_split
+from amaes.data.classes import Classes, labelled
+from amaes.data.loader import loader
+from amaes.data.order import Batches, MixedBatches
+from amaes.data.patches import CROPS, Patches
+from amaes.data.several_stores import Pool, open_stores, split_each
+from amaes.data.splits import pretrain_split, saved_split
+from amaes.data.store import Store
 from amaes.losses import RECONSTRUCTION_MEANS
 from amaes.models import RECONSTRUCTION_DECODERS, RECONSTRUCTION_HEADS, SEGMENTATION_DECODERS, build_network
-from amaes.objectives import MaskedReconstruction, Objective
-from amaes.optim import build_optimizer, set_lr, skip_if_not_finite, warmup_cosine
-from amaes.panels import check_matplotlib, save_panels
+from amaes.objectives.masked import MaskedReconstruction
+from amaes.objectives.objective import Objective
+from amaes.objectives.supervised import SupervisedSegmentation
+from amaes.objectives.swin import SwinSelfSupervision
 from amaes.phantom import make_demo_data
-from amaes.pool import Classes, MixedBatches, Pool, labelled, open_stores, split_each
-from amaes.progress import Progress, SavePoints, StopRequest, peak_gb
-from amaes.run import checkpoint_content, describe_step, open_run, restore
-from amaes.store import Store
-from amaes.supervised import SupervisedSegmentation
-from amaes.swin_objective import SwinSelfSupervision
+from amaes.training import benchmark, options
+from amaes.training.optim import build_optimizer, set_lr, skip_if_not_finite, warmup_cosine
+from amaes.training.panels import check_matplotlib, save_panels
+from amaes.training.progress import Progress, peak_gb
+from amaes.training.run_folder import checkpoint_content, describe_step, open_run, restore
+from amaes.training.stopping import SavePoints, StopRequest
 
 
 def parse_options() -> argparse.Namespace:
@@ -213,8 +220,8 @@ def main() -> int:
 
     # What contradicts itself is refused before any work.
     options.check_batch(args.batch_size, ranks.world, args.accumulate)
-    half = backend.use_bf16(ranks.device, args.precision)
-    compiler, how = backend.compiler(ranks.device, args.compile)
+    half = hardware.use_bf16(ranks.device, args.precision)
+    compiler, how = hardware.compiler(ranks.device, args.compile)
     task, build, make_objective = OBJECTIVES[args.objective](args)
     build |= {"arch": args.arch, **options.encoder_options(args)}
     with torch.device("meta"):
@@ -235,7 +242,7 @@ def main() -> int:
     # Network
     build["in_channels"] = len(store.channels)
     make = partial(build_network, task, build, args.checkpoint_activations)
-    fitting = backend.fit_micro_batch(make, args.patch_size, args.batch_size, ranks, half, objective.views)
+    fitting = hardware.fit_micro_batch(make, args.patch_size, args.batch_size, ranks, half, objective.views)
     if objective.views > 1:
         fitting = 1  # its loss compares the patches of a micro-step: their number is no matter of memory
     chosen = {"accumulate": fitting if args.accumulate == "auto" else args.accumulate, "world": ranks.world}
@@ -252,7 +259,7 @@ def main() -> int:
     together = args.batch_size // (ranks.world * plan.accumulate)
     if objective.views > 1 and together < 2:
         log("WARNING: one patch per rank and micro-step: the contrastive loss is 0, there is nothing to tell it from")
-    for line in backend.complaints(ranks.device):
+    for line in hardware.complaints(ranks.device):
         log(line)
     if args.benchmark:
         measure(args, plan, ranks, network, distributed.wrap(network, ranks, compiler), optimizer, log)
@@ -271,7 +278,7 @@ def main() -> int:
     step = restore(args.out / "checkpoints", network, optimizer, ranks, log)
     log(options.describe_batch(args.batch_size, plan.accumulate, ranks, steps))
     share = args.batch_size // ranks.world
-    with backend.out_of_memory_explained(ranks.device, plan.accumulate, args.patch_size, share):
+    with hardware.out_of_memory_explained(ranks.device, plan.accumulate, args.patch_size, share):
         loop(args, plan, ranks, network, distributed.wrap(network, ranks, compiler), optimizer, step, log)
     log(f"done: {args.out}/checkpoints/step-{steps}.pt")
     distributed.shutdown()
@@ -355,7 +362,7 @@ def batches_from(step: int, args, plan: Plan, ranks: distributed.Ranks, log) -> 
             "middle ones; --crop patch takes them from anywhere, as validation does"
         )
     at_once = args.batch_size // (ranks.world * plan.accumulate) * patches.sample_bytes()
-    if line := backend.check_shared_memory(args.workers, at_once, local_world=ranks.local_world):
+    if line := hardware.check_shared_memory(args.workers, at_once, local_world=ranks.local_world):
         log(line)
     return loader(patches, order, args.workers, pin_memory=ranks.device.type == "cuda"), order
 
@@ -395,7 +402,7 @@ def measure(args, plan: Plan, ranks, network: nn.Module, wrapped: distributed.Wr
         ways["alone"] = partial(step, lambda: inputs, lambda sync: gradients(sync=False))
     seconds = {}
     share = args.batch_size // ranks.world
-    with backend.out_of_memory_explained(ranks.device, plan.accumulate, args.patch_size, share):
+    with hardware.out_of_memory_explained(ranks.device, plan.accumulate, args.patch_size, share):
         for name, way in ways.items():
             distributed.barrier()
             seconds[name] = benchmark.seconds_per_step(way, args.benchmark, ranks.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +30,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message}\n")
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main: user errors become one line on stderr and status 2, Ctrl-C status 130.
+def run(main: Callable[..., int | None], *arguments: object) -> None:
+    """Call a command's main: user errors become one line on stderr and status 2, Ctrl-C status 130.
 
     `python -X dev script.py` keeps the traceback.
     """
     try:
-        status = main() or EXIT_OK
+        status = main(*arguments) or EXIT_OK
     except KeyboardInterrupt as interrupt:
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         status = EXIT_INTERRUPTED
@@ -48,8 +49,13 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
+def as_options(text: str) -> str:
+    """A message of the library, which names parameters as `patch_size`, with the options of the command line."""
+    return re.sub(r"`([a-z]+(?:_[a-z]+)*)`", lambda match: "--" + match[1].replace("_", "-"), text)
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return as_options(" ".join(str(error).split())) or type(error).__name__
 
 
 def positive_int(text: str) -> int:

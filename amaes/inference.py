@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from amaes.backend import memory_of, use_bf16
-from amaes.nifti import restore
+from amaes.hardware import memory_of, use_bf16
+from amaes.preprocess.nifti import restore
 
 BLENDS = ("gaussian", "uniform")
 PLACEMENTS = ("even", "flush")
@@ -96,11 +96,7 @@ def sliding_window(
 
 
 def predict_case(
-    model: nn.Module,
-    image: np.ndarray | torch.Tensor,
-    properties: dict,
-    patch_size: Sequence[int],
-    **options,
+    model: nn.Module, image: np.ndarray | torch.Tensor, properties: dict, patch_size: Sequence[int], **options
 ) -> np.ndarray:
     """Class numbers of one preprocessed case on the grid of its own file.
 

@@ -27,10 +27,10 @@ import numpy as np
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
-from amaes.batch import write_store
 from amaes.cli import Parser, non_negative_int, positive_float, positive_int, run
-from amaes.collect import collect
-from amaes.preprocess import Config
+from amaes.preprocess.config import Config
+from amaes.preprocess.find_cases import collect
+from amaes.preprocess.write_store import write_store
 from amaes.rng import stream
 
 LABELS = {0: "background", 1: "lesion", 2: "ventricle"}
@@ -39,8 +39,23 @@ DEMO = {"subjects": 12, "fov": 96.0}  # the heads of `make_demo_data`
 # Relative signal of each tissue, in the order of painting; from fluid on inside the skull. Lesions are bright on FLAIR
 # and T2w, dark against white matter on T1w. Fat, choroid plexus and pulsating fluid come close to them, so that a
 # threshold does not solve the task.
-TISSUES = ("air", "skin", "fat", "muscle", "eye", "skull", "marrow",
-           "fluid", "grey", "white", "deep", "rim", "ventricle", "choroid", "lesion")  # fmt: skip
+TISSUES = (
+    "air",
+    "skin",
+    "fat",
+    "muscle",
+    "eye",
+    "skull",
+    "marrow",
+    "fluid",
+    "grey",
+    "white",
+    "deep",
+    "rim",
+    "ventricle",
+    "choroid",
+    "lesion",
+)
 SIGNAL = {
     "T1w": (0, 0.42, 1.00, 0.42, 0.18, 0.08, 0.45, 0.16, 0.52, 0.76, 0.62, 0.66, 0.14, 0.40, 0.50),
     "T2w": (0, 0.38, 0.75, 0.25, 0.98, 0.06, 0.40, 0.95, 0.60, 0.42, 0.48, 0.55, 1.00, 0.75, 0.74),

@@ -16,12 +16,13 @@ import numpy as np
 from torch import nn
 
 from amaes import checkpoint, cli
-from amaes.backend import PRECISIONS
-from amaes.collect import Collection, Item, NoSuchChannels, channel_prefix, collect, stem_of
 from amaes.distributed import pick_device
+from amaes.hardware import PRECISIONS
 from amaes.inference import predict_case
-from amaes.nifti import RejectedInput, write_like
-from amaes.preprocess import Config, preprocess_case
+from amaes.preprocess.case import preprocess_case
+from amaes.preprocess.config import Config
+from amaes.preprocess.find_cases import Collection, Item, NoSuchChannels, channel_prefix, collect, stem_of
+from amaes.preprocess.nifti import RejectedInput, write_like
 
 MIRROR_AXES = (0, 1, 2)  # --tta: 8 mirrorings
 
@@ -121,7 +122,7 @@ def find_cases(images: Sequence[Path], channels: Sequence[str], missing_channel:
     Args:
         images: one folder; or files, the channels of one case where the checkpoint has several, else a case each.
         channels: of the checkpoint; they group the files of a folder where files are named after them.
-        missing_channel: of `amaes.collect.collect`.
+        missing_channel: of `amaes.preprocess.find_cases.collect`.
 
     Returns:
         The cases; `Collection.channels` says in which order their files or volumes are.
@@ -218,9 +219,7 @@ def add_inference_options(parser: argparse._ActionsContainer) -> None:
 def inference_options(args: argparse.Namespace) -> dict:
     """The arguments of `sliding_window` that `add_inference_options` asked for."""
     tta_axes = MIRROR_AXES if args.tta else ()
-    return {
-        "overlap": args.overlap, "tta_axes": tta_axes, "batch_size": args.batch_size, "precision": args.precision,
-    }  # fmt: skip
+    return {"overlap": args.overlap, "tta_axes": tta_axes, "batch_size": args.batch_size, "precision": args.precision}
 
 
 def reason(error: Exception) -> str:
@@ -234,19 +233,27 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m amaes.predict", description="Segment NIfTI files with a fine-tuned checkpoint.")
     parser.add_argument("--weights", type=Path, required=True, metavar="CKPT", help="checkpoint of train_finetune.py")
     parser.add_argument(
-        "--images", type=Path, nargs="+", required=True, metavar="FILE|DIR",
+        "--images",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE|DIR",
         help="a folder, or files: the channels of one case where the checkpoint has several (in its order, unless all "
         "are named after them), else a case each",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
         help="folder for <case>.nii.gz on the grid of the input; a file of that name is replaced, in one step",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--restore-labels", action="store_true",
+        "--restore-labels",
+        action="store_true",
         help="write the values of the label files trained on: --label-map of preprocessing undone, except for classes "
         "that several values were mapped to",
-    )  # fmt: skip
+    )
     add_inference_options(parser)
     return parser.parse_args(argv)
 
@@ -289,9 +296,14 @@ def main(argv: list[str] | None = None) -> int:
             if item.problem is not None:
                 raise ValueError(item.problem[1])
             labels, properties = predict_file(
-                model, meta, item.images, channels=collection.channels, restore_values=args.restore_labels, lap=laps,
+                model,
+                meta,
+                item.images,
+                channels=collection.channels,
+                restore_values=args.restore_labels,
+                lap=laps,
                 **inference_options(args),
-            )  # fmt: skip
+            )
             write_like(targets[item.id], labels, properties)
             laps("write")
         except Exception as error:  # whatever one case does, the others go on

@@ -101,7 +101,7 @@ FAMILIES = (
     Family("model_swinvit.pt", (r"^(swinViT\.|swin_vit\.)?layers1\.0\.blocks\.0\.mlp\.fc1\.",), _SWIN, _LEGACY),
     Family("MONAI Swin", (r"^(swinViT\.|swin_vit\.)?layers1\.0\.blocks\.0\.mlp\.linear1\.",), _SWIN, _EITHER),
     Family("disruptive autoencoder (Swin)", (r"^encoder\.patch_embed\.proj\.", r"^encoder\.layers1\."), _SWIN, _LEGACY),
-)  # fmt: skip
+)
 
 # Networks that are none of ours, named so that the message can say so.
 _FOREIGN = {

@@ -282,12 +282,24 @@ def main() -> int:
     print(f"GPU               {gpu['ms_per_patch']:.2f} ms per patch, {gpu}" if gpu else "GPU               none here")
     if args.json:
         content = {
-            "patch_size": side, "draws": args.draws, "seconds_per_patch": seconds, "budget_seconds": BUDGET,
-            "peak_mb": memory, "transforms": rows, "cubic_draws": args.cubic_draws, "cubic_peak_mb": cubic_memory,
-            "cubic_seconds_per_patch": cubic_seconds, "published_draws": args.published_draws,
-            "published_seconds_per_patch": plain, "ratio": plain / matching, "cubic_ratio": plain / matching_cubic,
-            "gpu": gpu, "machine": platform.processor(), "torch": torch.__version__, "python": sys.version.split()[0],
-        }  # fmt: skip
+            "patch_size": side,
+            "draws": args.draws,
+            "seconds_per_patch": seconds,
+            "budget_seconds": BUDGET,
+            "peak_mb": memory,
+            "transforms": rows,
+            "cubic_draws": args.cubic_draws,
+            "cubic_peak_mb": cubic_memory,
+            "cubic_seconds_per_patch": cubic_seconds,
+            "published_draws": args.published_draws,
+            "published_seconds_per_patch": plain,
+            "ratio": plain / matching,
+            "cubic_ratio": plain / matching_cubic,
+            "gpu": gpu,
+            "machine": platform.processor(),
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+        }
         write_json(args.json, content)
     return 0 if side[0] != 128 or seconds <= BUDGET else 1
 

@@ -29,19 +29,23 @@ from models import memory as step_memory
 from torch import nn
 from train_step import device_name, write_store
 
-from amaes import backend, cli
+from amaes import cli, hardware
 from amaes.augment import PretrainAugment
-from amaes.benchmark import seconds_per_step, training_flop
-from amaes.data import Batches, Patches, Store, loader
+from amaes.data.loader import loader
+from amaes.data.order import Batches
+from amaes.data.patches import Patches
+from amaes.data.store import Store
 from amaes.files import write_json
 from amaes.inference import sliding_window
 from amaes.models import build_autoencoder, build_segmenter, build_swin_ssl
 from amaes.models.ops import up_conv
-from amaes.objectives import MaskedReconstruction, Objective
-from amaes.optim import build_optimizer
-from amaes.options import check_patch_size
-from amaes.run import commit, versions
-from amaes.swin_objective import SwinSelfSupervision
+from amaes.objectives.masked import MaskedReconstruction
+from amaes.objectives.objective import Objective
+from amaes.objectives.swin import SwinSelfSupervision
+from amaes.training.benchmark import seconds_per_step, training_flop
+from amaes.training.optim import build_optimizer
+from amaes.training.options import check_patch_size
+from amaes.training.run_folder import commit, versions
 
 MODES = ("compiled", "eager")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
@@ -309,7 +313,7 @@ def main() -> int:
     if args.device == "cuda":
         result["gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9
     print(f"{result['device']}, torch {torch.__version__}, bf16 autocast{', QUICK' if args.quick else ''}")
-    for line in backend.complaints(device):
+    for line in hardware.complaints(device):
         print(line)
     result["sections"] = {}
     for name in args.only:

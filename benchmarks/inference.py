@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from amaes import cli
 from amaes.distributed import pick_device
 from amaes.inference import sliding_window, window_starts, window_weight
-from amaes.progress import peak_gb
+from amaes.training.progress import peak_gb
 
 
 def parse_options() -> argparse.Namespace:
@@ -47,9 +47,14 @@ def parse_options() -> argparse.Namespace:
 
 def ours(network: nn.Module, image: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
     return sliding_window(
-        network, image, args.patch_size, overlap=args.overlap, placement="flush", batch_size=args.batch_size,
+        network,
+        image,
+        args.patch_size,
+        overlap=args.overlap,
+        placement="flush",
+        batch_size=args.batch_size,
         precision="fp32",
-    )  # fmt: skip
+    )
 
 
 @torch.inference_mode()

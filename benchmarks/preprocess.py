@@ -19,7 +19,8 @@ import numpy as np
 from scipy import ndimage
 
 from amaes.cli import Parser, positive_int, run
-from amaes.preprocess import Config, preprocess_case
+from amaes.preprocess.case import preprocess_case
+from amaes.preprocess.config import Config
 
 BUDGET = 0.35  # seconds for 320 x 320 x 40 on one core; Yucca 1.1.7 needs 1.0
 SPACING = (0.72, 0.72, 3.0)  # mm

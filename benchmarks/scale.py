@@ -20,9 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from amaes import cli
-from amaes.data import Batches, Patches, Store, loader, pretrain_split, saved_split
+from amaes.data.loader import loader
+from amaes.data.order import Batches
+from amaes.data.patches import Patches
+from amaes.data.splits import pretrain_split, saved_split
+from amaes.data.store import Store
 from amaes.files import write_json
-from amaes.run import commit, versions
+from amaes.training.run_folder import commit, versions
 
 SHAPE, PATCH, BATCH, STEPS = (160, 192, 160), (64, 64, 64), 8, 60
 MOST_SECONDS, MOST_MB = 5.0, 200.0  # of the largest store: until the first batch, and beyond what the imports take

@@ -31,7 +31,7 @@ import torch
 from amaes import checkpoint, cli
 from amaes.files import write_json
 from amaes.phantom import make_demo_data
-from amaes.run import commit, versions
+from amaes.training.run_folder import commit, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,8 +72,9 @@ def memory(store: Path, folder: Path, steps: int) -> dict:
     """Proportional set size of the run and its children, sampled twice a second."""
     process = subprocess.Popen(
         [sys.executable, *command(store, folder / "memory", steps, "--save-every", "100", "--log-every", "1")],
-        cwd=ROOT, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
     samples: list[tuple[int, float]] = []  # step, MB
     while process.poll() is None:
         samples.append((_step(folder / "memory"), _family_mb(process.pid)))
@@ -157,8 +158,11 @@ def _ranks(store: Path, out: Path, steps: int) -> subprocess.Popen:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.Popen(
         [*launch, *command(store, out, steps, "--save-every", "10")],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _kill(process: subprocess.Popen, one: bool) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from amaes import cli
 from amaes.files import write_json
 from amaes.models import ARCHITECTURES, SEGMENTATION_DECODERS, build_encoder
-from amaes.run import commit, versions
+from amaes.training.run_folder import commit, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAINING = {"light": ["--decoder", "light"], "standard with skips": ["--decoder", "standard", "--skips"]}
@@ -70,9 +70,19 @@ def chain(arch: str, way: str, decoder: str, scans: Path, store: Path, run: Path
         "pretrain": ["train_pretrain.py", *network.split(), "--data", store, "--out", pretrained, *PRETRAINING[way]],
         "fine-tune": ["train_finetune.py", *network.split(), "--data", store, "--out", tuned, *weights, *folds],
         "evaluate": ["evaluate.py", tuned, "--device", device],
-        "predict": ["-m", "amaes.predict", "--weights", checkpoint, "--images", scan,
-                    "--out", run / f"{arch}-{decoder}", "--device", device],
-    }  # fmt: skip
+        "predict": [
+            "-m",
+            "amaes.predict",
+            "--weights",
+            checkpoint,
+            "--images",
+            scan,
+            "--out",
+            run / f"{arch}-{decoder}",
+            "--device",
+            device,
+        ],
+    }
     row: dict = {"arch": arch, "pretraining": way, "decoder": decoder, "seconds": {}}
     for name, command in commands.items():
         began = time.perf_counter()

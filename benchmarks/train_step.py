@@ -22,15 +22,15 @@ import torch
 from models import kept_bytes, plain_copy
 from torch import nn
 
-from amaes import backend, cli, rng
+from amaes import cli, hardware, rng
 from amaes.distributed import pick_device
 from amaes.files import write_json
 from amaes.losses import reconstruction_loss
 from amaes.mask import apply_mask, token_mask
 from amaes.models import build_autoencoder
 from amaes.models.unet import WIDTHS
-from amaes.optim import build_optimizer
-from amaes.run import commit, versions
+from amaes.training.optim import build_optimizer
+from amaes.training.run_folder import commit, versions
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,9 +109,9 @@ def steps_beside(arch: str, patch: int, batch: int, device: torch.device) -> dic
     mask = token_mask(x, keys=rng.keys(0, [0] * batch, range(batch), "mask"))
     networks = {"plain": plain_copy(build_autoencoder(arch)), "ours": build_autoencoder(arch)}
     if device.type == "cuda":
-        compiler, how = backend.compiler(device, "auto")
+        compiler, how = hardware.compiler(device, "auto")
         networks[f"ours, {how}"] = compiler(build_autoencoder(arch))
-    half = backend.use_bf16(device, "auto")
+    half = hardware.use_bf16(device, "auto")
     runs = {name: Step(network.to(device), x, mask, half) for name, network in networks.items()}
     for run in runs.values():
         run.measure(warm=2)

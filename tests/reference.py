@@ -11,7 +11,7 @@ import torch
 from amaes.published import recognise, rename
 from tests import formula
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parent / "fixtures"
 MODELS = np.load(DATA / "models_reference.npz", allow_pickle=False)
 BLOCKS = np.load(DATA / "blocks_reference.npz", allow_pickle=False)
 KEYS = np.load(DATA / "published_keys.npz", allow_pickle=False)

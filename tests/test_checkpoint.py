@@ -252,7 +252,7 @@ def test_published_names_are_recognised(tmp_path, prefix, outer):
 def published_keys():
     import pathlib
 
-    reference = np.load(pathlib.Path(__file__).parent / "data" / "unet_reference.npz", allow_pickle=False)
+    reference = np.load(pathlib.Path(__file__).parent / "fixtures" / "unet_reference.npz", allow_pickle=False)
     return [str(key) for key in reference["unet_f4_light_rec/keys"]]
 
 

@@ -166,9 +166,7 @@ def test_mirroring_averages_over_all_flips():
     model = Ramp()
     small = IMAGE[:, :8, :12, :10]
     found = sliding_window(model, small, PATCH, tta_axes=(0, 2))
-    expected = sum(
-        model(small[None].flip(dims)).flip(dims) for dims in ([], [2], [4], [2, 4])
-    )[0] / 4  # fmt: skip
+    expected = sum(model(small[None].flip(dims)).flip(dims) for dims in ([], [2], [4], [2, 4]))[0] / 4
     torch.testing.assert_close(found, expected.detach())
     assert model.calls == 8
     eight = sliding_window(Pointwise(), IMAGE, PATCH, tta_axes=(0, 1, 2))
@@ -314,7 +312,7 @@ def test_many_classes_need_sixteen_bits():
 def test_sphere_survives_the_way_there_and_back():
     """0.9 x 0.9 x 5 mm, radius 20 mm: nearest neighbour to 1 mm, one-hot logits, trilinear, argmax."""
     from amaes.metrics import dice
-    from amaes.resample import resample_labels
+    from amaes.preprocess.resample import resample_labels
 
     at = np.moveaxis(np.indices((60, 58, 14)), 0, -1) * (0.9, 0.9, 5.0)  # mm
     native = np.linalg.norm(at - (27, 26, 35), axis=-1) < 20

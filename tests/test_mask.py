@@ -10,7 +10,7 @@ from amaes.mask import apply_mask, hide_tokens, token_mask
 
 REFERENCE = {
     k: torch.from_numpy(np.asarray(v))
-    for k, v in np.load(pathlib.Path(__file__).parent / "data" / "masking.npz", allow_pickle=False).items()
+    for k, v in np.load(pathlib.Path(__file__).parent / "fixtures" / "masking.npz", allow_pickle=False).items()
 }
 
 

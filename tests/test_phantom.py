@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from amaes import phantom as module
-from amaes.batch import write_store
-from amaes.collect import collect
-from amaes.data import Store
+from amaes.data.store import Store
 from amaes.phantom import LABELS, SCANNERS, SIGNAL, TISSUES, Grid, Scanner, Waves, ellipsoid, phantom, write_phantoms
-from amaes.preprocess import Config
+from amaes.preprocess.config import Config
+from amaes.preprocess.find_cases import collect
+from amaes.preprocess.write_store import write_store
 
 QUIET = Scanner(noise=0.0)
 SMALL = 40.0  # field of view of quick heads, mm

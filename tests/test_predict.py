@@ -18,9 +18,9 @@ from torch import nn
 
 from amaes import checkpoint, predict
 from amaes.models import build_autoencoder, build_segmenter
-from amaes.nifti import restore, write_like
 from amaes.predict import channel_order, file_values, find_cases, predict_file
-from amaes.preprocess import Config
+from amaes.preprocess.config import Config
+from amaes.preprocess.nifti import restore, write_like
 from tests.conftest import AFFINE, make_volume
 
 TURNS = [
@@ -42,10 +42,18 @@ def save_checkpoint(path, channels=("image",), label_map=None, task="segment", *
         build = {"arch": "unet_tiny", "in_channels": len(channels)}
         model = build_autoencoder(**build)
     content = {
-        "task": task, "model": model.state_dict(), "optimizer": {}, "step": 3, "build": build,
-        "preprocess": Config(label_map=label_map or {}).as_dict(), "channels": list(channels),
-        "labels": {"0": "background", "1": "one", "2": "two"}, "patch_size": PATCH, "provenance": {}, **more,
-    }  # fmt: skip
+        "task": task,
+        "model": model.state_dict(),
+        "optimizer": {},
+        "step": 3,
+        "build": build,
+        "preprocess": Config(label_map=label_map or {}).as_dict(),
+        "channels": list(channels),
+        "labels": {"0": "background", "1": "one", "2": "two"},
+        "patch_size": PATCH,
+        "provenance": {},
+        **more,
+    }
     return checkpoint.save(path, content, keep=1)
 
 
@@ -200,9 +208,14 @@ def test_only_bad_files_is_one_line_and_status_2(weights, bad_files, tmp_path, c
     assert len(err.splitlines()) == 1
     assert "truncated.nii.gz: " in err
     status, _, err = run(
-        capsys, "--weights", weights, "--images", *(bad_files[key] for key in ("truncated", "empty_file")),
-        "--out", tmp_path / "out",
-    )  # fmt: skip
+        capsys,
+        "--weights",
+        weights,
+        "--images",
+        *(bad_files[key] for key in ("truncated", "empty_file")),
+        "--out",
+        tmp_path / "out",
+    )
     assert status == 2
     assert "none of 2 cases; the first, truncated: " in err
     assert not (tmp_path / "out").exists()

@@ -51,8 +51,7 @@ def test_every_tensor_of_an_official_network_has_its_place(name, prefix):
 
 
 @pytest.mark.parametrize(
-    ("name", "merging", "heads"),
-    [("released_model_swinvit", "legacy", 0), ("swin_ssl_head_48", None, 16)],
+    ("name", "merging", "heads"), [("released_model_swinvit", "legacy", 0), ("swin_ssl_head_48", None, 16)]
 )
 def test_self_supervised_swin_files_hold_the_whole_encoder(name, merging, heads):
     found = convert({"state_dict": tensors(name)}, "file")
@@ -86,9 +85,11 @@ def test_disruptive_autoencoder_names_become_ours():
     found = convert(content, "file")
     assert (found.family, found.variant) == ("disruptive autoencoder (Swin)", {"merging": "legacy"})
     assert set(found.tensors) == {
-        "encoder.patch_embed.weight", "encoder.stages.1.blocks.1.expand.weight", "encoder.stages.0.merge.norm.bias",
+        "encoder.patch_embed.weight",
+        "encoder.stages.1.blocks.1.expand.weight",
+        "encoder.stages.0.merge.norm.bias",
         "out.weight",
-    }  # fmt: skip
+    }
 
 
 def test_no_two_families_claim_an_official_file():
@@ -109,7 +110,7 @@ def test_no_two_families_claim_an_official_file():
         (["eva.blocks.0.norm.weight", "pos_embed"], "a vision transformer"),
         (["layer.weight"], r"names of no file that is known here \(layer.weight, ...\); accepted: our check.*Swin"),
     ],
-)  # fmt: skip
+)
 def test_other_networks_are_refused_by_name(keys, message):
     with pytest.raises(ValueError, match=message):
         convert({key: torch.zeros(1) for key in keys}, "file")

@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from amaes import checkpoint, data, nifti
-from amaes.data import Patches, Store, saved_split
+from amaes import checkpoint
+from amaes.data import splits
+from amaes.data.patches import Patches
+from amaes.data.splits import saved_split
+from amaes.data.store import Store
+from amaes.preprocess import nifti
 from tests.conftest import SHAPE, save_nifti
 from tests.stores import make_store
 
@@ -147,7 +151,7 @@ def test_cases_may_lie_behind_a_link_and_are_only_read(store, tmp_path):
 def test_what_is_written_into_a_store_follows_no_link(store, tmp_path):
     for name in ("splits.json", f".splits.json.{os.getpid()}.tmp"):
         victim = tmp_path / f"victim of {name}"
-        victim.write_text(json.dumps({"format": data.SPLITS_FORMAT, "splits": {}}))
+        victim.write_text(json.dumps({"format": splits.SPLITS_FORMAT, "splits": {}}))
         (store.path / name).symlink_to(victim)
         before = victim.read_text()
         saved_split(store, name, lambda: {"train": ["case00"], "test": []})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amaes import backend
+from amaes import hardware
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_versions_with_slow_or_wrong_convolutions_are_told_with_the_remedy(torch_version, cudnn, said):
-    (line,) = backend.slow_convolutions(torch_version, cudnn)
+    (line,) = hardware.slow_convolutions(torch_version, cudnn)
     assert said in line
     assert torch_version in line
     assert "cuDNN 9.15 or newer" in line
@@ -28,11 +28,11 @@ def test_versions_with_slow_or_wrong_convolutions_are_told_with_the_remedy(torch
 
 @pytest.mark.parametrize(("torch_version", "cudnn"), [("2.9.1+cu128", 91500), ("2.8.0", 90701), ("2.13.0a0", 92000)])
 def test_other_versions_are_not(torch_version, cudnn):
-    assert backend.slow_convolutions(torch_version, cudnn) == []
+    assert hardware.slow_convolutions(torch_version, cudnn) == []
 
 
 def test_the_cpu_has_no_such_defects():
-    assert backend.complaints(CPU) == []
+    assert hardware.complaints(CPU) == []
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_the_cpu_has_no_such_defects():
 def test_running_out_of_memory_names_three_options_and_what_was_measured(error):
     with (
         pytest.raises(ValueError, match=r"out of memory on cpu: memory .* GB, .* GB of them free") as caught,
-        backend.out_of_memory_explained(CPU, 4, (96, 128, 96)),
+        hardware.out_of_memory_explained(CPU, 4, (96, 128, 96)),
     ):
         raise error
     for part in ("--accumulate 8 (now 4)", "--checkpoint-activations", "--patch-size (now 96 128 96)"):
@@ -50,5 +50,5 @@ def test_running_out_of_memory_names_three_options_and_what_was_measured(error):
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="shapes differ"), backend.out_of_memory_explained(CPU, 1, (32, 32, 32)):
+    with pytest.raises(RuntimeError, match="shapes differ"), hardware.out_of_memory_explained(CPU, 1, (32, 32, 32)):
         raise RuntimeError("shapes differ")

@@ -34,10 +34,7 @@ def settings(sides: tuple[int, int, int]) -> dict[str, tuple[dict, dict]]:
         ),
         "additive_noise": ({"additive_noise_sigma": [[1e-4]]}, {"additive_noise_sigma": [[1e-3]]}),
         "blur": ({"blur_sigma": [[0.2]]}, {"blur_sigma": [[1.0]]}),
-        "multiplicative_noise": (
-            {"multiplicative_noise_sigma": [[1e-4]]},
-            {"multiplicative_noise_sigma": [[1e-3]]},
-        ),
+        "multiplicative_noise": ({"multiplicative_noise_sigma": [[1e-4]]}, {"multiplicative_noise_sigma": [[1e-3]]}),
         "ghosting": (
             {"ghosting_alpha": [[0.95]], "ghosting_repetitions": [[10]], "ghosting_axis": [[0]]},
             {"ghosting_alpha": [[0.85]], "ghosting_repetitions": [[2]], "ghosting_axis": [[0]]},
@@ -157,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("the contact sheets need matplotlib: pip install 'amaes[plots]'") from None
-    from amaes.preprocess import Config, preprocess_case
+    from amaes.preprocess.case import preprocess_case
+    from amaes.preprocess.config import Config
 
     augment = PretrainAugment(args.patch_size, seed=args.seed, order=args.order)
     if any(side % args.token_size for side in augment.patch_size):

@@ -246,12 +246,7 @@ _SAMPLE_COLUMNS, _CHANNEL_COLUMNS = 21, 23  # counted by `draw`; fixed, so that 
 
 
 def draw(
-    options: Options,
-    patch_size: Sequence[int],
-    seed: int,
-    epochs: Iterable[int],
-    samples: Iterable[int],
-    channels: int,
+    options: Options, patch_size: Sequence[int], seed: int, epochs: Iterable[int], samples: Iterable[int], channels: int
 ) -> Draws:
     """Draw the parameters of a batch; each row is a function of (seed, epoch, sample) alone.
 

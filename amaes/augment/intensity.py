@@ -80,10 +80,7 @@ def blur_taps(sigma: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def low_resolution(
-    x: torch.Tensor,
-    lengths: torch.Tensor,
-    operators: Sequence[torch.Tensor],
-    kept: Sequence[torch.Tensor],
+    x: torch.Tensor, lengths: torch.Tensor, operators: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Down by nearest neighbour without smoothing, up by cubic B-spline: a scan with thick slices.
 

@@ -15,7 +15,7 @@ from amaes.models.build import (
 )
 from amaes.models.decoder import LightDecoder, UNetDecoder
 from amaes.models.mednext import MedNeXt, MedNeXtDecoder, upkern_
-from amaes.models.swin_ssl import RECONSTRUCTION_HEADS, SwinHeads
+from amaes.models.swin_heads import RECONSTRUCTION_HEADS, SwinHeads
 from amaes.models.swin_unetr import SwinUNETR, SwinUNETRDecoder
 from amaes.models.unet import UNet
 

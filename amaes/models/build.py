@@ -11,7 +11,7 @@ from torch import nn
 from amaes.models.decoder import LightDecoder, UNetDecoder
 from amaes.models.mednext import SIZES, MedNeXt, MedNeXtDecoder
 from amaes.models.ops import GRN_DIVISORS
-from amaes.models.swin_ssl import SwinHeads
+from amaes.models.swin_heads import SwinHeads
 from amaes.models.swin_unetr import MERGING, SwinUNETR
 from amaes.models.swin_unetr import WIDTHS as SWIN_WIDTHS
 from amaes.models.unet import WIDTHS, UNet
@@ -141,7 +141,7 @@ def build_swin_ssl(
     Args:
         arch: a Swin encoder of ARCHITECTURES.
         in_channels: channels of image and reconstruction.
-        reconstruction: a key of `amaes.models.swin_ssl.RECONSTRUCTION_HEADS`.
+        reconstruction: a key of `amaes.models.swin_heads.RECONSTRUCTION_HEADS`.
         options: see `build_encoder`.
     """
     if arch not in SWIN_WIDTHS:

@@ -257,11 +257,22 @@ def _plane_gradient(x, grad, weight, offset: int, stride: int, margin: int) -> t
     for x_one, grad_one in zip(x, grad, strict=True) if last > first else ():  # (C, X, Y, Z), one sample
         x_slices = x_one[:, begin : begin + stride * (last - first - 1) + 1 : stride].movedim(1, 0)
         grad_slices = grad_one[:, first:last].movedim(1, 0)  # (slices, C, Y, Z)
-        total = total + torch.ops.aten.convolution_backward(
-            grad_slices.contiguous(memory_format=torch.channels_last),
-            x_slices.contiguous(memory_format=torch.channels_last),
-            weight, None, [stride] * 2, [margin] * 2, [1, 1], False, [0, 0], len(weight), [False, True, False],
-        )[1]  # fmt: skip
+        total = (
+            total
+            + torch.ops.aten.convolution_backward(
+                grad_slices.contiguous(memory_format=torch.channels_last),
+                x_slices.contiguous(memory_format=torch.channels_last),
+                weight,
+                None,
+                [stride] * 2,
+                [margin] * 2,
+                [1, 1],
+                False,
+                [0, 0],
+                len(weight),
+                [False, True, False],
+            )[1]
+        )
     return total
 
 

@@ -1,0 +1,1 @@
+"""A store to batches of patches."""

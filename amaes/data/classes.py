@@ -1,0 +1,107 @@
+"""The classes of one network for several stores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from amaes.data.several_stores import Pool
+
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from amaes.data.store import Store
+
+_PLACEHOLDER = re.compile(r"label_\d+")  # the name that preprocessing gives to a value without one
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of one network for several stores: those of the same name, in any case, are one.
+
+    Value 0 is background in every store, whatever it is called there. Values that preprocessing named for want of a
+    name ("label_1") are classes of their store alone. With one store the classes are its label values as they are.
+
+    Attributes:
+        names: class to name.
+        count: output channels of the network.
+        tables: class of each stored value, (stores, 256), int64; `count`, which no loss takes, where not declared.
+        allowed: classes that a store declares, (stores, count), bool.
+        store_of: position of the store of each case, (cases,).
+    """
+
+    names: dict[int, str]
+    count: int
+    tables: np.ndarray
+    allowed: np.ndarray
+    store_of: np.ndarray
+
+    @classmethod
+    def of(cls, store: Store | Pool) -> Classes:
+        """The classes that the stores declare."""
+        if isinstance(store, Store):
+            declared, count = [{value: value for value in (0, *store.labels)}], store.num_classes
+            names, store_of = {0: "background"} | store.labels, np.zeros(len(store.cases), np.int64)
+        else:
+            declared, names = _join(store)
+            count, store_of = len(names), store.store_of
+        tables, allowed = np.full((len(declared), 256), count), np.zeros((len(declared), count), bool)
+        for row, values in enumerate(declared):
+            tables[row, list(values)] = list(values.values())
+            allowed[row, list(values.values())] = True
+        return cls(names, count, tables, allowed, store_of)
+
+    def rows(self, cases: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables (B, 256) and allowed classes (B, count) of a batch, on the CPU."""
+        stores = self.store_of[list(cases)]
+        return torch.from_numpy(self.tables[stores]), torch.from_numpy(self.allowed[stores])
+
+
+def _join(pool: Pool) -> tuple[list[dict[int, int]], dict[int, str]]:
+    """Per store the class of each declared value, and the names of all classes."""
+    names, known, declared = {0: "background"}, {"background": 0}, []
+    for prefix, store in zip(pool.names, pool.stores, strict=True):
+        values = {0: 0}
+        for value, name in sorted(store.labels.items()):
+            if value == 0:
+                continue
+            full = f"{prefix}: {name}" if _PLACEHOLDER.fullmatch(name) else name
+            index = known.setdefault(full.strip().casefold(), len(names))
+            names.setdefault(index, full)
+            values[value] = index
+        declared.append(values)
+    return declared, names
+
+
+def labelled(store: Store | Pool, ids: Sequence[str]) -> list[str]:
+    """Those of the cases that have a label.
+
+    Raises:
+        ValueError: a label holds a value that its store does not declare (`check_labels`).
+    """
+    found = [id for id in ids if store.cases[store.index(id)].labelled]
+    check_labels(store, found)
+    return found
+
+
+def check_labels(store: Store | Pool, ids: Sequence[str]) -> None:
+    """Refuse labels with values that their store does not declare, by what preprocessing counted of each case.
+
+    Raises:
+        ValueError: names the file and the value.
+    """
+    for id in ids:
+        home, own = (store, id) if isinstance(store, Store) else store.home(id)
+        counts = home.properties(own).get("label_counts", {})
+        strange = sorted(int(value) for value in counts if int(value) not in (0, *home.labels))
+        if strange:
+            declared = ", ".join(f"{value} {name}" for value, name in sorted(home.labels.items()))
+            raise ValueError(
+                f"{home.path / 'cases' / own}_label.npy: holds label value {strange[0]} ({counts[str(strange[0])]} "
+                f"voxels), {home.path / 'dataset.json'} declares {declared or 'no labels'}"
+            )

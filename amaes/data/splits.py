@@ -1,0 +1,154 @@
+"""Cases of a store, how they are split, and the random patches that training reads.
+
+Arrays are (C, X, Y, Z), RAS+, intensities in [0, 1]. Order, crops and everything else random depend on
+(seed, epoch, case) alone, so they are the same for any number of workers, ranks and restarts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from amaes import rng
+from amaes.data.store import Case, Store
+from amaes.files import read_json, write_json
+
+SPLITS_FORMAT = "amaes-splits-1"
+
+
+# Splits ---------------------------------------------------------------------------------------------------------------
+
+
+def pretrain_split(store: Store, fraction: float = 0.01, seed: int = 0, group: str = "subject") -> dict[str, list[str]]:
+    """Training and validation ids: `ceil(fraction * n)` volumes for validation (arXiv 2408.00640: 1 %).
+
+    Args:
+        store: where the cases are.
+        fraction: share of volumes, in [0, 1).
+        seed: of the shuffle.
+        group: "subject" keeps all volumes of a subject on one side (the last subject taken may bring a few more),
+            "volume" shuffles volumes as the published code does.
+    """
+    groups = _groups(store.cases, group)
+    wanted, validation = int(np.ceil(fraction * len(store.cases))), []
+    for i in rng.stream(seed, 0, 0, "split").permutation(len(groups))[:-1]:  # one group always stays for training
+        if len(validation) >= wanted:
+            break
+        validation += groups[i]
+    held = set(validation)
+    return {"train": [case.id for case in store.cases if case.id not in held], "validation": sorted(held)}
+
+
+def fold_splits(store: Store, folds: int = 6, train_cases: int = 20, seed: int = 0) -> list[dict[str, list[str]]]:
+    """Inverted cross-validation: every fold trains on few labelled cases and tests on all others.
+
+    The subjects, sorted, are shuffled with RandomState(1000 (seed + 1) + r) and cut into disjoint chunks of
+    `train_cases` cases (whole subjects); fold k trains on chunk k mod n of repetition r = k // n. The remainder is
+    never a training chunk.
+
+    Returns:
+        {"train": ids, "test": ids} per fold.
+
+    Raises:
+        ValueError: fewer labelled cases than one chunk and one case to test on.
+    """
+    cases = [case for case in store.cases if case.labelled]
+    if not cases:
+        raise ValueError(f"{store.path}: no labelled case; preprocess with --labels")
+    splits: list[dict[str, list[str]]] = []
+    for repetition in range(folds):  # a repetition gives at least one fold
+        for chunk in _chunks(cases, train_cases, np.random.RandomState(1000 * (seed + 1) + repetition)):
+            train = set(chunk)
+            test = [case.id for case in cases if case.id not in train]
+            if test:
+                splits.append({"train": sorted(train), "test": test})
+        if len(splits) >= folds:
+            return splits[:folds]
+        if not splits:
+            break
+    subjects = len(_groups(cases, "subject"))
+    raise ValueError(
+        f"--train-cases {train_cases}: {store.path} has {len(cases)} labelled cases of {subjects} subjects; "
+        "a fold needs that many for training and at least one subject more for testing"
+    )
+
+
+def _chunks(cases: Sequence[Case], size: int, generator: np.random.RandomState) -> Iterator[list[str]]:
+    groups, chunk = _groups(cases, "subject"), []
+    for i in generator.permutation(len(groups)):
+        chunk = chunk + groups[i]
+        if len(chunk) >= size:
+            yield chunk
+            chunk = []
+
+
+def _groups(cases: Sequence[Case], group: str) -> list[list[str]]:
+    if group not in ("subject", "volume"):
+        raise ValueError(f"group {group!r} is unknown; accepted: subject, volume")
+    members: dict[str, list[str]] = {}
+    for case in cases:
+        members.setdefault(case.subject if group == "subject" else case.id, []).append(case.id)
+    return [members[key] for key in sorted(members)]
+
+
+def saved_split(store: Store, name: str, make: Callable[[], object], by_subject: bool = True) -> object:
+    """The split `name` of STORE/splits.json; made the first time, and written there where the store can be written to.
+
+    Args:
+        store: where the cases are.
+        name: what the split follows from.
+        make: draws it: {side: ids}, or a list of such, one per fold.
+        by_subject: no subject may be on two sides.
+
+    Raises:
+        ValueError: not a file of splits, or the split names cases that the store does not have, or has a subject on
+            two sides.
+    """
+    path = store.path / "splits.json"
+    content = {"format": SPLITS_FORMAT, "splits": {}}
+    if path.is_file():
+        content = read_json(path)
+        if (
+            not isinstance(content, dict)
+            or content.get("format") != SPLITS_FORMAT
+            or not isinstance(content.get("splits"), dict)
+        ):
+            raise ValueError(f"{path}: not a file of splits ({SPLITS_FORMAT}); delete it to draw them again")
+    name = f"{name}, store {store.fingerprint}"  # a store that has changed gets new splits, the old ones stay on record
+    if name not in content["splits"]:
+        content["splits"][name] = make()
+        if os.access(store.path, os.W_OK):
+            write_json(path, content)
+    split = content["splits"][name]
+    parts = split if isinstance(split, list) else [split]
+    if not parts or not all(_is_split(part) for part in parts):
+        raise ValueError(
+            f"{path}: split {name!r} is not two lists of ids, train and another; delete it to draw it again"
+        )
+    subject = {case.id: case.subject for case in store.cases}
+    missing = sorted({id for part in parts for side in part.values() for id in side} - set(subject))
+    if missing:
+        raise ValueError(
+            f"{path}: split {name!r} names {len(missing)} cases that the store does not have, e.g. {missing[0]}"
+        )
+    for part in parts if by_subject else []:
+        train, other = ({subject[id] for id in side} for side in part.values())
+        if train & other:
+            raise ValueError(
+                f"{path}: split {name!r} has subject {min(train & other)} on both sides; delete it to draw it again"
+            )
+    return split
+
+
+def _is_split(part: object) -> bool:
+    """{"train": ids, "validation" or "test": ids}."""
+    return (
+        isinstance(part, dict)
+        and set(part) in ({"train", "validation"}, {"train", "test"})
+        and all(isinstance(side, list) and all(isinstance(id, str) for id in side) for side in part.values())
+    )
+
+
+# Patches --------------------------------------------------------------------------------------------------------------

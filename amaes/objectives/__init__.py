@@ -1,0 +1,1 @@
+"""A batch to inputs, targets and the terms of the loss."""

@@ -1,0 +1,110 @@
+"""The settings of preprocessing: what the arrays of a store depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from amaes.preprocess import normalize
+from amaes.preprocess.read_case import Reading
+
+FORMAT = "amaes-preproc-1"
+CHOICES = {
+    "normalization": normalize.MODES,
+    "crop_from": ("union", "first"),
+    "label_resampling": ("nearest", "onehot_linear"),
+    "missing_channel": ("error", "zeros"),
+    "on_geometry_mismatch": ("reject", "resample"),
+    "dtype": ("float32", "float16"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything the arrays depend on, and `verify`.
+
+    Attributes:
+        spacing: voxel size of the arrays, mm.
+        normalization: "unit" = [0, 1], what networks here expect; "zscore"; "none".
+        crop_from: box around the foreground of all channels ("union") or of the first.
+        crop_extra_plane: one plane more at the upper end of each axis, as in the published pipeline.
+        label_resampling: "nearest" or "onehot_linear".
+        missing_channel: "error", or "zeros" in its place.
+        on_geometry_mismatch: "reject", or "resample" channels and label onto the grid of the first channel.
+        background_to_min: give the most frequent value the minimum where there are negative values.
+        strict_orientation: refuse files whose orientation codes are 0.
+        assume_ras: take stored axes as RAS where the affine is singular.
+        min_axis: fewest voxels of a stored axis.
+        verify: check the CRC of gzip files; not part of the hash, as it changes no array.
+        dtype: of the stored images.
+        label_map: old label value to new. A store also lists, as {1: 1}, values of its label files that others were
+            mapped onto; such entries are no part of the hash.
+    """
+
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    normalization: str = "unit"
+    crop_from: str = "union"
+    crop_extra_plane: bool = False
+    label_resampling: str = "nearest"
+    missing_channel: str = "error"
+    on_geometry_mismatch: str = "reject"
+    background_to_min: bool = False
+    strict_orientation: bool = False
+    assume_ras: bool = False
+    min_axis: int = 3
+    verify: bool = False
+    dtype: str = "float32"
+    label_map: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, accepted in CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(accepted)}")
+        if len(self.spacing) != 3 or not all(0 < value < math.inf for value in self.spacing):
+            raise ValueError(f"spacing must be three lengths in mm above 0, found {self.spacing}")
+        if self.min_axis < 1:
+            raise ValueError(f"min_axis must be at least 1, found {self.min_axis}")
+        if not all(0 <= value <= 255 for value in self.label_map.values()):
+            raise ValueError(f"label_map must lead to values in 0..255, found {self.label_map}")
+
+    def as_dict(self) -> dict:
+        """Plain data, the same after a turn through JSON."""
+        plain = dataclasses.asdict(self)
+        labels = {str(old): new for old, new in sorted(self.label_map.items())}
+        return {**plain, "spacing": [float(value) for value in self.spacing], "label_map": labels}
+
+    @classmethod
+    def from_dict(cls, content: Mapping) -> Config:
+        """The inverse of `as_dict`; ValueError names an unknown field."""
+        if unknown := sorted(set(content) - {item.name for item in dataclasses.fields(cls)}):
+            raise ValueError(f"preprocessing configuration: unknown field {', '.join(unknown)}")
+        content = dict(content)
+        if "spacing" in content:
+            content["spacing"] = tuple(content["spacing"])
+        if "label_map" in content:
+            content["label_map"] = {int(old): int(new) for old, new in content["label_map"].items()}
+        return cls(**content)
+
+    def reading(self) -> Reading:
+        """The part that concerns reading."""
+        options = {"verify": self.verify, "strict": self.strict_orientation, "assume_ras": self.assume_ras}
+        return Reading(self.min_axis, self.on_geometry_mismatch, options)
+
+    def settings(self) -> dict:
+        """What arrays depend on, as plain data."""
+        changes = {str(old): new for old, new in sorted(self.label_map.items()) if old != new}
+        return {name: value for name, value in (self.as_dict() | {"label_map": changes}).items() if name != "verify"}
+
+    def with_values(self, raw: Iterable[int]) -> Config:
+        """The same, with those values of the label files listed that others are mapped onto."""
+        onto = {value: value for value in sorted(raw) if value in self.label_map.values()}
+        return dataclasses.replace(self, label_map={**onto, **self.label_map})
+
+    def hash(self) -> str:
+        """16 hexadecimal digits that differ where arrays may differ."""
+        text = json.dumps([FORMAT, self.settings()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

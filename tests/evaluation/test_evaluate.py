@@ -1,0 +1,485 @@
+"""evaluate.py on a store whose scores are known by hand, and the arithmetic of its tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import evaluate
+from amaes import checkpoint, cli
+from amaes.evaluation import tables
+from amaes.files import locked
+from amaes.metrics import measure_case
+from amaes.preprocess.config import Config
+from amaes.preprocess.find_cases import collect
+from amaes.preprocess.write_store import write_store
+from tests.conftest import save_nifti
+from tests.test_predict import save_checkpoint
+
+SHAPE, LPS = (20, 22, 18), np.diag([-1.0, -1.0, 1.0, 1.0])
+BLOB = (slice(6, 10),) * 3  # 64 voxels, bright
+BODY = (slice(3, 17), slice(3, 19), slice(3, 15))  # 2688 voxels with the blob, 2680 without the corner
+CORNER = (slice(3, 5),) * 3  # background, so that the crop has some
+MOVED = (slice(7, 11), slice(6, 10), slice(6, 10))  # 48 voxels in common with the blob
+
+
+class Threshold(nn.Module):
+    """Class 1 above an intensity; the blob has 1, the body 0.2."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = nn.Parameter(torch.tensor(at))
+
+    def forward(self, x):
+        return torch.cat([self.at - x, x - self.at], dim=1)
+
+
+def write_checkpoint(path, text):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", text)
+
+
+def scan(level=1000.0):
+    volume = np.zeros(SHAPE, np.float32)
+    volume[BODY], volume[CORNER], volume[BLOB] = 200, 0, level
+    return volume
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Cases a to d; the label of a is the blob, of b the blob moved by a voxel, c has none, d has the blob."""
+    for name, box in {"a": BLOB, "b": MOVED, "c": None, "d": BLOB}.items():
+        label = np.zeros(SHAPE, np.uint8)
+        if box is not None:
+            label[box] = 4
+        save_nifti(tmp_path / "images" / f"{name}.nii.gz", scan(), LPS)
+        save_nifti(tmp_path / "labels" / f"{name}.nii.gz", label, LPS)
+    found = collect(tmp_path / "images", tmp_path / "labels")
+    write_store(found, tmp_path / "store", Config(label_map={4: 1}))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def make_run(tmp_path, store, monkeypatch):
+    """Function: a finished run of threshold networks, `make_run("first", 0.5, [["a", "b"], ["b", "c"]])`."""
+    thresholds, calls = {}, []
+
+    def load(path, device="cpu"):
+        run = Path(path).parents[2].name
+        model = Threshold(thresholds[run])
+        model.register_forward_hook(lambda *_: calls.append(run))
+        config = Config(label_map={4: 1}).as_dict()
+        build = {"num_classes": make.classes.get(run, 2)}
+        return model.eval(), {
+            "step": 5,
+            "channels": ["image"],
+            "preprocess": config,
+            "patch_size": [16] * 3,
+            "build": build,
+        }
+
+    monkeypatch.setattr(checkpoint, "load_segmenter", load)
+
+    def make(name, threshold, tests, steps=5):
+        thresholds[name] = threshold
+        run = tmp_path / name
+        run.mkdir()
+        for k, test in enumerate(tests):
+            folder = run / f"fold{k}"
+            (folder / "checkpoints").mkdir(parents=True)
+            write_checkpoint(folder / "checkpoints" / "step-5.pt", f"{name} {threshold}")
+            (folder / "config.json").write_text(json.dumps({"train": ["d"], "test": test}))
+        (run / "config.json").write_text(json.dumps({"options": {"steps": steps, "data": str(store)}}))
+        return run
+
+    make.calls, make.thresholds, make.classes = calls, thresholds, {}
+    return make
+
+
+def run(capsys, *options):
+    """main() as the command line runs it: status, stdout, stderr."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: evaluate.main([*map(str, options), "--device", "cpu"]))
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_scores_by_hand(make_run, capsys):
+    folder = make_run("first", 0.5, [["a", "b"], ["b", "c"]])
+    status, out, err = run(capsys, folder)
+    assert (status, err) == (0, "")
+    found = json.loads((folder / "fold0" / "results.json").read_text())
+    a, b = (case["classes"]["1"] for case in found["cases"])
+    assert a == {
+        "n_ref": 64,
+        "n_pred": 64,
+        "status": "ok",
+        "dice": 1,
+        "hd95": 0,
+        "surface_dice": 1,
+        "volume_difference": 0,
+    }
+    assert b["dice"] == 0.75
+    assert b["hd95"] == 1.0
+    (_, c) = (case["classes"]["1"] for case in json.loads((folder / "fold1" / "results.json").read_text())["cases"])
+    assert (c["status"], c["dice"], c["n_ref"]) == ("false_positive", 0, 0)
+    assert c["hd95"] == pytest.approx(math.sqrt(20**2 + 22**2 + 18**2))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["dice"]["folds"] == [0.875, 0.375]
+    assert summary["dice"]["mean"] == 0.625
+    assert summary["dice"]["sd"] == pytest.approx(math.sqrt(2) * 0.25)  # n - 1
+    assert summary["classes"]["1"]["n_false_positive"] == 1
+    assert summary["classes"]["1"]["dice"]["n_valid"] == 4
+    assert summary["checkpoints"][0]["sha256"]
+    assert "Dice" in out
+    assert "| mean ± sd |" in out
+    assert "62.50 ± 35.36" in out
+    assert (folder / "summary.md").read_text() in out
+
+
+def test_predictions_are_on_the_scans_grid_with_its_label_values(make_run, tmp_path, capsys):
+    folder = make_run("first", 0.5, [["a"]])
+    assert run(capsys, folder)[0] == 0
+    prediction = nib.load(folder / "fold0" / "predictions" / "a.nii.gz")
+    assert np.array_equal(prediction.get_fdata(), nib.load(tmp_path / "labels" / "a.nii.gz").get_fdata())
+    assert np.array_equal(prediction.affine, LPS)
+
+
+def test_predictions_are_reused_until_weights_or_settings_change(make_run, capsys):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    calls = make_run.calls
+    run(capsys, folder)
+    first = len(calls)
+    assert first > 0
+    assert run(capsys, folder, "--metrics", "lesion_f1")[0] == 0  # measured again, not predicted
+    assert len(calls) == first
+    (folder / "fold0" / "predictions" / "b.nii.gz").unlink()
+    run(capsys, folder)
+    assert len(calls) == first * 1.5
+    run(capsys, folder, "--overlap", 0.25)
+    assert len(calls) > first * 1.5
+    before = len(calls)
+    make_run.thresholds["first"] = 0.1
+    write_checkpoint(folder / "fold0" / "checkpoints" / "step-5.pt", "retrained")
+    _, out, _ = run(capsys, folder, "--overlap", 0.25)
+    assert len(calls) > before
+    assert "4.66" in out  # 2 * 64 / (2680 + 64)
+
+
+def remake(store, level):
+    """Other images, label files as they were."""
+    images = store.parent / "images"
+    save_nifti(images / "b.nii.gz", scan(level), LPS)
+    write_store(collect(images, store.parent / "labels"), store, Config(label_map={4: 1}))
+
+
+def test_predictions_of_changed_images_are_made_again(make_run, store, capsys):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    calls = make_run.calls
+    run(capsys, folder)
+    first = len(calls)
+    remake(store, 300)
+    run(capsys, folder)
+    assert len(calls) == first * 1.5  # b alone
+    b = nib.load(folder / "fold0" / "predictions" / "b.nii.gz").get_fdata()
+    assert np.count_nonzero(b) == 2680 + 64 - 64  # 200 / 300 is above the threshold: the body
+    run(capsys, folder)
+    assert len(calls) == first * 1.5
+
+
+def test_a_damaged_prediction_is_made_again(make_run, capsys):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    run(capsys, folder)
+    path = folder / "fold0" / "predictions" / "b.nii.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert run(capsys, folder)[0] == 0
+    assert path.read_bytes() == whole
+
+
+def test_one_process_evaluates_a_fold(make_run, capsys):
+    folder = make_run("first", 0.5, [["a"]])
+    with locked(folder / "fold0", ""):
+        status, out, err = run(capsys, folder, "--overlap", 0.25)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "another process is evaluating" in err
+    assert run(capsys, folder)[0] == 0
+
+
+def test_a_damaged_checkpoint_is_an_unfinished_fold(make_run, capsys):
+    folder = make_run("first", 0.5, [["a"], ["b"]])
+    path = folder / "fold1" / "checkpoints" / "step-5.pt"
+    path.write_bytes(path.read_bytes().replace(b"first", b"FIRST"))  # its checksum tells
+    status, out, err = run(capsys, folder)
+    assert status == 1
+    assert "fold1: step-5.pt is damaged, left out" in err
+    assert "100.00" in out
+
+
+def test_scans_without_orientation_are_read_as_preprocessing_did(make_run, store, tmp_path, capsys):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    for part in ("images", "labels"):
+        for path in (tmp_path / part).iterdir():
+            data = np.asarray(nib.load(path).dataobj)
+            save_nifti(path, data, LPS, qform=0, patch={280: bytes(16)})  # srow_x = 0
+    config = Config(label_map={4: 1}, assume_ras=True)
+    write_store(collect(tmp_path / "images", tmp_path / "labels"), store, config, overwrite=True)
+    status, _, err = run(capsys, folder)
+    assert (status, err) == (0, "")
+    assert json.loads((folder / "summary.json").read_text())["dice"]["mean"] == 0.875
+
+
+def test_runs_of_other_classes_are_refused_before_any_work(make_run, store, capsys):
+    first, second = make_run("first", 0.5, [["a"]]), make_run("second", 0.5, [["a"]])
+    index = json.loads((store / "dataset.json").read_text())
+    index["labels"]["2"] = "other"
+    (store / "dataset.json").write_text(json.dumps(index))
+    make_run.classes["second"] = 3
+    status, out, err = run(capsys, first, second)
+    assert (status, out, make_run.calls, len(err.splitlines())) == (2, "", [], 1)
+    assert "[1, 2]" in err
+    assert "has [1]" in err
+
+
+def test_a_number_without_a_label_is_no_class(make_run, store, capsys):
+    folder = make_run("first", 0.5, [["a"]])
+    index = json.loads((store / "dataset.json").read_text())
+    index["labels"] = {"0": "background", "1": "one", "3": "three"}
+    (store / "dataset.json").write_text(json.dumps(index))
+    make_run.classes["first"] = 4
+    assert run(capsys, folder, "--empty", "one", "--space", "store")[0] == 0
+    assert list(json.loads((folder / "summary.json").read_text())["classes"]) == ["1", "3", "all"]
+
+
+def test_a_store_that_moved_is_to_be_given(make_run, store, tmp_path, capsys, monkeypatch):
+    folder = make_run("first", 0.5, [["a"]])
+    (folder / "config.json").write_text(json.dumps({"options": {"steps": 5, "data": "store"}}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, _, err = run(capsys, folder)
+    assert status == 2
+    assert "--data STORE gives it" in err
+    assert run(capsys, folder, "--data", store)[0] == 0
+
+
+def test_two_runs_are_compared_case_by_case(make_run, tmp_path, capsys):
+    first = make_run("first", 0.5, [["a", "b"], ["b", "c"]])
+    second = make_run("second", 0.1, [["a", "c"], ["b", "d"]])
+    status, out, _ = run(capsys, first, second, "--json", tmp_path / "out" / "all.json")
+    assert status == 0
+    content = json.loads((tmp_path / "out" / "all.json").read_text())
+    row = content["comparisons"][0]["dice"]["mean"]
+    low = 2 * 64 / (2680 + 64)
+    assert row["n"] == 3  # d was tested by the second alone
+    assert row["first"] == pytest.approx((1 + 0.75 + 0) / 3)
+    assert row["difference"] == pytest.approx((low - 1 + low - 0.75 + 0) / 3)
+    assert row["p"] == pytest.approx(0.5)  # two differences, both negative: 2 / 2^2
+    assert [len(entry["folds"]) for entry in content["runs"]] == [2, 2]
+    assert f"## Dice % of {second} against {first}" in out
+
+
+def test_a_run_against_itself_does_not_differ(make_run, capsys):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    _, out, _ = run(capsys, folder, folder)
+    assert "| +0.00 | 1 |" in out
+
+
+def test_store_space_is_labelled_as_such(make_run, store, capsys):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    for path in (store.parent / "labels").iterdir():
+        path.unlink()
+    status, _, err = run(capsys, folder)
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert "a.nii.gz" in err
+    assert "--space store" in err
+    status, out, _ = run(capsys, folder, "--space", "store")
+    assert status == 0
+    assert "not comparable" in out
+    assert json.loads((folder / "summary.json").read_text())["dice"]["mean"] == 0.875
+
+
+@pytest.mark.parametrize(("missing", "mean", "n_cases"), [("error", 1.0, 1), ("zero", 0.5, 2)])
+def test_a_case_that_fails_is_listed(make_run, store, capsys, missing, mean, n_cases):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    (store / "cases" / "b.npy").write_bytes(b"")
+    status, out, err = run(capsys, folder, "--missing", missing)
+    assert status == 1
+    assert "fold0: b: " in err
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["dice"]["mean"] == mean
+    assert summary["folds"][0]["n_cases"] == n_cases
+    assert summary["folds"][0]["n_failed"] == 1
+    assert "Dice" in out
+
+
+def test_a_fold_without_a_single_score_is_shown_as_such(make_run, store, capsys):
+    folder = make_run("first", 0.5, [["a"], ["b"]])
+    (store / "cases" / "b.npy").write_bytes(b"")
+    only = make_run("only", 0.5, [["b"]])
+    _, out, _ = run(capsys, only)
+    assert "| fold | cases | failed | pooled | **Dice %** |" in out
+    assert "| 0 | 0 | 1 | – | – |" in out
+    status, out, _ = run(capsys, folder, folder)
+    assert status == 1
+    assert "| 1 | 0 | 1 | – | – | – |" in out
+    assert "**100.00**" in out
+
+
+def test_label_on_another_grid_is_an_error_of_its_case(make_run, tmp_path, capsys):
+    folder = make_run("first", 0.5, [["a", "b"]])
+    elsewhere = LPS.copy()
+    elsewhere[0, 3] = 5  # mm
+    save_nifti(tmp_path / "labels" / "b.nii.gz", np.zeros(SHAPE, np.uint8), elsewhere)
+    status, _, err = run(capsys, folder)
+    assert status == 1
+    assert "5 mm" in err
+
+
+def test_unfinished_folds_are_listed(make_run, capsys):
+    folder = make_run("first", 0.5, [["a"], ["b"]])
+    (folder / "fold1" / "checkpoints" / "step-5.pt").rename(folder / "fold1" / "checkpoints" / "step-2.pt")
+    status, out, err = run(capsys, folder)
+    assert status == 1
+    assert "fold1: at step 2 of 5, left out" in err
+    assert "100.00" in out
+
+
+@pytest.mark.parametrize("what", ["no run", "no folds", "unfinished", "no store", "another store", "other spacing"])
+def test_user_errors_are_one_line(what, make_run, store, tmp_path, capsys):
+    folder, options = make_run("first", 0.5, [["a"]] if what != "no folds" else []), []
+    if what == "no run":
+        folder = tmp_path / "nothing"
+    elif what == "unfinished":
+        (folder / "config.json").write_text(json.dumps({"options": {"steps": 9, "data": str(store)}}))
+    elif what == "no store":
+        options = ["--data", tmp_path / "nothing"]
+    else:
+        index = json.loads((store / "dataset.json").read_text())
+        if what == "another store":
+            index["cases"] = index["cases"][1:]
+        else:
+            index["config"]["spacing"] = [2.0, 2.0, 2.0]
+        (store / "dataset.json").write_text(json.dumps(index))
+    status, out, err = run(capsys, folder, *options)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    expected = {
+        "no run": "no config.json",
+        "no folds": "no finished fold",
+        "unfinished": "at step 5 of 9",
+        "no store": "no store there",
+        "another store": "'a'",
+        "other spacing": "[2.0, 2.0, 2.0]",
+    }
+    assert expected[what] in err
+
+
+def test_a_real_network_as_a_program(store, tmp_path):
+    folder = tmp_path / "run"
+    path = save_checkpoint(folder / "fold0" / "checkpoints", label_map={4: 1})
+    assert path.name == "step-3.pt"
+    (folder / "fold0" / "config.json").write_text(json.dumps({"train": ["d"], "test": ["a", "b"]}))
+    (folder / "config.json").write_text(json.dumps({"options": {"steps": 3, "data": str(store)}}))
+    command = [sys.executable, Path(evaluate.__file__), folder, "--device", "cpu", "--metrics", "dice", "assd"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, env=environment)
+    assert "Dice" in done.stdout
+    assert "ASSD, mm" in done.stdout
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------------
+
+
+def case(id, pairs, empty="nan"):
+    """A case from (prediction, reference) sizes per class: boxes of so many voxels from one corner."""
+    maps = np.zeros((2, 10, 12, 14 * len(pairs)), np.uint8)
+    for k, sizes in enumerate(pairs):
+        for which, size in enumerate(sizes):
+            maps[which, 0, :size, 14 * k] = k + 1
+    return {"id": id, "classes": measure_case(*maps, len(pairs) + 1, (1, 1, 1), ["dice", "hd95"], empty)}
+
+
+def fold(number, *cases):
+    return {"fold": number, "cases": list(cases), "failed": []}
+
+
+def test_means_say_how_many_values_they_rest_on():
+    cases = [
+        case("a", [(2, 2), (0, 0)]),
+        case("b", [(2, 6), (0, 0)]),
+        case("c", [(0, 0), (3, 0)]),
+        case("d", [(0, 5), (0, 0)]),
+    ]
+    means = tables.fold_means(cases)
+    assert means["1"]["dice"] == {"mean": pytest.approx((1 + 0.5 + 0) / 3), "n_valid": 3}
+    assert {key: means["1"][key] for key in ("n_cases", "n_empty", "n_missed", "n_false_positive")} == {
+        "n_cases": 4,
+        "n_empty": 1,
+        "n_missed": 1,
+        "n_false_positive": 0,
+    }
+    assert means["2"]["dice"] == {"mean": 0.0, "n_valid": 1}
+    assert tables.fold_score(means) == pytest.approx(0.25)  # macro: both classes count the same
+    assert means["all"]["dice"]["mean"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
+
+
+@pytest.mark.parametrize("missed", range(1, 5))
+def test_more_misses_never_improve_a_summary(missed):
+    """Failures must not drop out of a mean."""
+    sizes = [(5, 5), (4, 5), (3, 5), (1, 5)]
+    some = [(0, b) if i < missed - 1 else (a, b) for i, (a, b) in enumerate(sizes)]
+    more = [(0, b) if i < missed else (a, b) for i, (a, b) in enumerate(sizes)]
+    before, after = (tables.fold_means([case(str(i), [pair]) for i, pair in enumerate(s)]) for s in (some, more))
+    assert after["1"]["dice"]["mean"] <= before["1"]["dice"]["mean"]
+    assert after["1"]["hd95"]["mean"] >= before["1"]["hd95"]["mean"]
+    assert after["1"]["hd95"]["n_valid"] == 4
+
+
+def test_a_class_that_no_case_has_is_not_a_number_and_not_zero():
+    summary = tables.summarise([fold(0, case("a", [(2, 2), (0, 0)]))])
+    assert math.isnan(summary["classes"]["2"]["dice"]["mean"])
+    assert summary["dice"]["mean"] == 1
+    assert math.isnan(summary["dice"]["sd"])  # one fold
+    text = tables.run_tables("run", summary, {"1": "core"}, "note")
+    assert "| 2 | Dice, % | – | 0 | 1 | 0 | 0 |" in text
+    assert "nan" not in text.lower().replace("not a number", "")
+    assert "NaN" not in json.dumps(tables.plain(summary))
+
+
+def test_cases_of_several_folds_count_once():
+    first = [fold(0, case("a", [(2, 2)])), fold(1, case("a", [(2, 6)]), case("b", [(4, 4)]))]
+    second = [fold(0, case("a", [(6, 6)]), case("b", [(0, 4)]), case("z", [(1, 1)]))]
+    rows = tables.compare(first, second)
+    assert rows["1"]["n"] == 2
+    assert rows["1"]["first"] == pytest.approx((0.75 + 1) / 2)
+    assert rows["1"]["difference"] == pytest.approx((0.25 - 1) / 2)
+
+
+def test_undefined_pairs_are_counted():
+    rows = tables.compare(
+        [fold(0, case("a", [(0, 0)]), case("b", [(1, 1)]))], [fold(0, case("a", [(3, 0)]), case("b", [(1, 1)]))]
+    )
+    assert (rows["1"]["n"], rows["1"]["n_left_out"]) == (1, 1)
+
+
+def test_wilcoxon_by_hand():
+    assert tables.wilcoxon_p(np.array([])) != tables.wilcoxon_p(np.array([]))  # NaN
+    assert tables.wilcoxon_p(np.zeros(4)) == 1
+    assert tables.wilcoxon_p(np.array([1.0, 2, 3, 4, 5])) == pytest.approx(2 / 2**5)  # all of one sign
+
+
+def test_other_classes_cannot_be_compared():
+    with pytest.raises(ValueError, match="different classes"):
+        tables.compare([fold(0, case("a", [(1, 1)]))], [fold(0, case("a", [(1, 1), (1, 1)]))])

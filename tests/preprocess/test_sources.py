@@ -1,0 +1,492 @@
+"""The sources of BRAINS-45K: every layout of their releases and what else lies in them; a store of two sources."""
+
+import json
+
+import numpy as np
+import pytest
+
+from amaes.cli import run
+from amaes.preprocess import sources
+from amaes.preprocess.__main__ import main
+from amaes.preprocess.source_tables import SOURCES
+from amaes.preprocess.sources import describe, find, gather, hold_out, leave_out_test
+from tests.conftest import make_volume, save_nifti
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Function: empty files, and resource files that no collector may see."""
+
+    def make(*names, root="data"):
+        for name in names:
+            path = tmp_path / root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            path.with_name(f"._{path.name}").touch()
+            (path.parent / ".DS_Store").touch()
+        junk = tmp_path / root / "__MACOSX" / names[0]
+        junk.parent.mkdir(parents=True, exist_ok=True)
+        junk.touch()
+        return tmp_path / root
+
+    return make
+
+
+def ids(found):
+    return sorted(item.id for item in found.items)
+
+
+def refused(capsys, *arguments):
+    """The one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: main([str(argument) for argument in arguments]))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+LONI = "2006-04-18_08_20_30.0"
+CASES = [  # source, files that are volumes and their ids, left out by reason, files that match no rule
+    (
+        "brats21",
+        """
+        RSNA Data.2021/a.b/BraTS2021_00000/BraTS2021_00000_flair.nii.gz
+            BraTS2021_00000/ses-1/FLAIR
+        RSNA Data.2021/a.b/BraTS2021_00000/BraTS2021_00000_t1.nii.gz
+            BraTS2021_00000/ses-1/T1
+        RSNA Data.2021/a.b/BraTS2021_00000/BraTS2021_00000_t1ce.nii.gz
+            BraTS2021_00000/ses-1/T1ce
+        latest_download/BraTS2021_01666_t2.NII.GZ
+            BraTS2021_01666/ses-1/T2
+        """,
+        {
+            "label": ["RSNA Data.2021/a.b/BraTS2021_00000/BraTS2021_00000_seg.nii.gz"],
+            "other_part": ["RSNA_ASNR_MICCAI_BraTS2021_ValidationData/BraTS2021_00001/BraTS2021_00001_t1.nii.gz"],
+        },
+        ["BraTS2021_00000/notes.nii"],
+    ),
+    (
+        "msd_task01",
+        """
+        Task01_BrainTumour/imagesTs/BRATS_485.nii.gz
+            BRATS_485/ses-1/{FLAIR,T1,T1ce,T2}
+        split/imagesTs/BRATS_486_0002.nii.gz
+            BRATS_486/ses-1/T1ce
+        """,
+        {
+            "label": ["Task01_BrainTumour/labelsTr/BRATS_001.nii.gz"],
+            "other_part": ["Task01_BrainTumour/imagesTr/BRATS_001.nii.gz"],
+        },
+        ["Task01_BrainTumour/imagesTs/la_003.nii.gz"],
+    ),
+    (
+        "wmh",
+        """
+        training/Utrecht/11/pre/FLAIR.nii.gz
+            Utrecht_11/ses-1/FLAIR
+        training/Utrecht/11/pre/T1.nii.gz
+            Utrecht_11/ses-1/T1
+        training/Singapore/11/pre/T1.nii.gz
+            Singapore_11/ses-1/T1
+        training/Amsterdam/GE3T/11/pre/FLAIR.nii.gz
+            Amsterdam_GE3T_11/ses-1/FLAIR
+        old/Amsterdam/Train_GE3T/12/pre/FLAIR.nii.gz
+            Amsterdam_GE3T_12/ses-1/FLAIR
+        old/Utrecht/Train/12/pre/FLAIR.nii.gz
+            Utrecht_12/ses-1/FLAIR
+        loose/Utrecht/13/pre/FLAIR.nii.gz
+            Utrecht_13/ses-1/FLAIR
+        """,
+        {
+            "label": [
+                "additional_annotations/observer_o3/training/Utrecht/11/result.nii.gz",
+                "old/Utrecht/Train/12/pre/wmh.nii.gz",
+                "training/Utrecht/11/wmh.nii.gz",
+            ],
+            "other_part": [
+                "old/Utrecht/Test/14/pre/FLAIR.nii.gz",
+                "test/Amsterdam/Philips_VU .PETMR_01./160/pre/FLAIR.nii.gz",
+            ],
+            "not_preprocessed": ["training/Utrecht/11/orig/3DT1.nii.gz", "training/Utrecht/11/orig/FLAIR.nii.gz"],
+        },
+        ["training/Utrecht/11/pre/3DT1.nii.gz"],
+    ),
+    (
+        "isles2022",
+        """
+        ISLES-2022/sub-strokecase0001/ses-0001/anat/sub-strokecase0001_ses-0001_FLAIR.nii.gz
+            sub-strokecase0001/ses-0001/FLAIR
+        ISLES-2022/ISLES-2022/sub-strokecase0001/ses-0001/dwi/sub-strokecase0001_ses-0001_ADC.nii.gz
+            sub-strokecase0001/ses-0001/ADC
+        images/sub-strokecase0002/ses-0001/dwi/sub-strokecase0002_ses-0001_dwi.nii.gz
+            sub-strokecase0002/ses-0001/DWI
+        rawdata/sub-strokecase0003/ses-0001/sub-strokecase0003_ses-0001_flair.nii.gz
+            sub-strokecase0003/ses-0001/FLAIR
+        flat/sub-strokecase0004_ses-0001_adc.nii.gz
+            sub-strokecase0004/ses-0001/ADC
+        """,
+        {
+            "label": [
+                "ISLES-2022/derivatives/sub-strokecase0001/ses-0001/sub-strokecase0001_ses-0001_msk.nii.gz",
+                "labels_derivatives/sub-strokecase0002/ses-0001/sub-strokecase0002_ses-0001_flair.nii.gz",
+            ]
+        },
+        ["rawdata/sub-strokecase0003/ses-0001/readme.nii"],
+    ),
+    (
+        "msseg1",
+        """
+        MSSEG/training/Center_01/Patient_01/Preprocessed_Data/FLAIR_preprocessed.nii.gz
+            Center_01_Patient_01/ses-1/FLAIR
+        MSSEG/training/Center_01/Patient_01/Preprocessed_Data/DP_preprocessed.nii.gz
+            Center_01_Patient_01/ses-1/PD
+        MSSEG/training/Center_07/Patient_01/Preprocessed_Data/GADO_preprocessed.nii.gz
+            Center_07_Patient_01/ses-1/T1ce
+        MSSEG/training/Center_07/Patient_01/Preprocessed_Data/T1_preprocessed.nii.gz
+            Center_07_Patient_01/ses-1/T1
+        MSSEG/training/Center_07/Patient_01/Preprocessed_Data/T2_preprocessed.nii.gz
+            Center_07_Patient_01/ses-1/T2
+        """,
+        {
+            "label": ["MSSEG/training/Center_01/Patient_01/Masks/Consensus.nii.gz"],
+            "other_part": ["MSSEG/Testing/Center_03/Patient_01/Preprocessed_Data/T1_preprocessed.nii.gz"],
+            "not_preprocessed": ["MSSEG/training/Center_01/Patient_01/Raw_Data/T1.nii.gz"],
+        },
+        ["MSSEG/training/Center_01/Patient_01/Preprocessed_Data/brain.nii.gz"],
+    ),
+    (
+        "oasis3",
+        """
+        OAS30001_MR_d0129/anat1/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz
+            OAS30001/d0129/T1-anat1-run-01
+        OAS30001_MR_d0129/anat2/NIFTI/sub-OAS30001_ses-d0129_run-02_T1w.nii.gz
+            OAS30001/d0129/T1-anat2-run-02
+        x/OAS30001_MR_d0757/scans/anat3-TSE/resources/NIFTI/files/sub-OAS30001_sess-d0757_acq-TSE_T2w.nii.gz
+            OAS30001/d0757/T2-anat3-acq-TSE
+        OAS30002_MR_d0001/anat4/sub-OAS30002_ses-d0001_angio.nii.gz
+            OAS30002/d0001/TOF-anat4-angio
+        OAS30002_MR_d0001/swi1/sub-OAS30002_ses-d0001_swi.nii.gz
+            OAS30002/d0001/SWI-swi1
+        OAS30002_MR_d0001/anat5/sub-OAS30002_ses-d0001_GRE.nii.gz
+            OAS30002/d0001/T2star-anat5-GRE
+        OAS30002_MR_d0001/anat6/sub-OAS30002_ses-d0001_T2star.nii.gz
+            OAS30002/d0001/T2star-anat6
+        OAS30002_MR_d0001/dwi1/sub-OAS30002_ses-d0001_dwi.nii.gz
+            OAS30002/d0001/DWI-dwi1
+        """,
+        {
+            "description": [
+                "OAS30002_MR_d0001/fmap1/sub-OAS30002_ses-d0001_fieldmap.nii.gz",
+                "OAS30002_MR_d0001/func1/sub-OAS30002_ses-d0001_bold.nii.gz",
+            ],
+            "minip": ["OAS30002_MR_d0001/swi2/sub-OAS30002_ses-d0001_minIP.nii.gz"],
+            "not_mr": ["OAS30001_AV45_PETCT_d2430/anat1/sub-OAS30001_ses-d2430_T1w.nii.gz"],
+            "freesurfer": ["OAS30001_Freesurfer53_d0129/anat1/sub-OAS30001_ses-d0129_T1w.nii.gz"],
+        },
+        ["OAS40001_MR_d3132/anat1/sub-OAS40001_ses-d3132_T1w.nii.gz"],
+    ),
+    (
+        "oasis4",
+        """
+        OAS42510/OAS42510_MR_d3132/anat1/NIFTI/sub-OAS42510_sess-d3132_T1w.nii.gz
+            OAS42510/d3132/T1-anat1
+        OAS42510_MR_d3133/fmap1/sub-OAS42510_sess-d3133_FLAIR.nii.gz
+            OAS42510/d3133/FLAIR-fmap1
+        """,
+        {"description": ["OAS42510_MR_d3133/func1/sub-OAS42510_sess-d3133_bold.nii.gz"]},
+        [],
+    ),
+    (
+        "adni",
+        """
+        ADNI/002_S_0295/MP-RAGE/LONI/S13408/ADNI_002_S_0295_MR_MP-RAGE__br_raw_2006_1_S13408_I13722.nii
+            002_S_0295/2006-04-18/T1-I13722
+        ADNI/002_S_0295/MP-RAGE REPEAT v1.2/LONI/S13407/ADNI_002_S_0295_MR_MP-RAGE_br_raw_2_S13407_I13721.nii.gz
+            002_S_0295/2006-04-18/T1-I13721
+        part 2/ADNI/002_S_0295/Axial_T2-Star/LONI/I99/nested/ADNI_002_S_0295_MR_T2Star_br_raw_1_S1_I99.nii
+            002_S_0295/2006-04-18/T2star-I99
+        ADNI/941_S_10001/Axial_T2_FLAIR/LONI/I100/converted.nii
+            941_S_10001/2006-04-18/FLAIR-I100
+        ADNI/941_S_10001/Localizer/LONI/I101/converted.nii
+            941_S_10001/2006-04-18/UNKNOWN-I101
+        """,
+        {"not_mr": ["ADNI/002_S_0295/FDG/LONI/I5/ADNI_002_S_0295_PT_FDG_br_raw_1_S5_I5.nii"]},
+        ["ADNI/002_S_0295/MP-RAGE/a.nii"],
+    ),
+    (
+        "ppmi",
+        """
+        PPMI/3000/SAG_T1_3D/LONI/S1/PPMI_3000_MR_SAG_T1_3D__br_raw_2011_1_S1_I201.nii
+            3000/2006-04-18/T1-I201
+        PPMI/3000/MPRAGE_GRAPPA/LONI/S2/nifti/PPMI_3000_MR_MPRAGE_br_raw_2011_1_S2_I202.nii
+            3000/2006-04-18/T1-I202
+        PPMI/3001/T2_in_T1-anatomical/LONI/S3/PPMI_3001_MR_T2_br_raw_2011_1_S3_I203.nii.gz
+            3001/2006-04-18/T2-I203
+        PPMI/3001/DTI_GRE/LONI/S4/PPMI_3001_MR_DTI_br_raw_2011_1_S4_I204.nii.gz
+            3001/2006-04-18/T2star-I204
+        """,
+        {
+            "description": [
+                "PPMI/3000/2D_GRE-T1/LONI/S5/PPMI_3000_MR_a_br_raw_1_S5_I5.nii",
+                "PPMI/3000/Localizer/LONI/S6/PPMI_3000_MR_a_br_raw_1_S6_I6.nii",
+                "PPMI/3000/MT_T1/LONI/S7/PPMI_3000_MR_a_br_raw_1_S7_I7.nii",
+                "PPMI/3000/T1_REPEAT/LONI/S8/PPMI_3000_MR_a_br_raw_1_S8_I8.nii",
+                "PPMI/3000/T2_FLAIR_SPACE/LONI/S9/PPMI_3000_MR_a_br_raw_1_S9_I9.nii",
+            ],
+            "not_mr": ["PPMI/3000/DaTscan_T1/LONI/S10/PPMI_3000_NM_DaT_br_raw_1_S10_I10.nii"],
+        },
+        [],
+    ),
+    (
+        "bids",
+        """
+        sub-01/anat/sub-01_T1w.nii.gz
+            sub-01/ses-1/T1
+        sub-01/anat/sub-01_run-1_T2w.nii.gz
+            sub-01/ses-1/T2-run-1
+        sub-01/anat/sub-01_run-2_T2w.nii.gz
+            sub-01/ses-1/T2-run-2
+        sub-02/ses-pre/anat/sub-02_ses-pre_acq-mp2rage_T1w.nii
+            sub-02/ses-pre/T1-acq-mp2rage
+        sub-02/ses-pre/anat/sub-02_ses-pre_inplaneT1.nii
+            sub-02/ses-pre/T1-inplaneT1
+        sub-02/ses-pre/dwi/sub-02_ses-pre_dwi.nii.gz
+            sub-02/ses-pre/DWI
+        sub-03/ses-1/anat/flair.nii.gz
+            sub-03/ses-1/FLAIR
+        """,
+        {
+            "derivative": ["derivatives/fs/sub-01/anat/sub-01_T1w.nii.gz"],
+            "datatype": ["sub-01/fmap/sub-01_magnitude1.nii.gz", "sub-01/func/sub-01_task-rest_bold.nii.gz"],
+            "label": ["sub-01/anat/sub-01_T1w_mask.nii.gz"],
+        },
+        ["other/scan.nii"],
+    ),
+    (
+        "fomo60k",
+        """
+        sub_1/ses_1/t1.nii.gz
+            sub_1/ses_1/T1
+        sub_1/ses_1/t1_2.nii.gz
+            sub_1/ses_1/T1-t1_2
+        sub_1/ses_2/scan.nii.gz
+            sub_1/ses_2/UNKNOWN-scan
+        PT001_OASIS1/sub_1/ses_1/flair.nii.gz
+            PT001_OASIS1_sub_1/ses_1/FLAIR
+        """,
+        {"label": ["sub_1/ses_1/brain_mask.nii.gz"]},
+        ["group.nii.gz"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "volumes", "left_out", "unmatched"), CASES, ids=[case[0] for case in CASES])
+def test_every_layout_of_a_source(name, volumes, left_out, unmatched, tree):
+    lines = [line.strip().replace("LONI", LONI) for line in volumes.strip().splitlines()]
+    left_out = {reason: [path.replace("LONI", LONI) for path in paths] for reason, paths in left_out.items()}
+    root = tree(*lines[::2], *(path for paths in left_out.values() for path in paths), *unmatched, "readme.txt")
+    found = find(name, root)
+    expected = {}
+    for path, end in zip(lines[::2], lines[1::2], strict=True):
+        base, _, several = end.partition("{")
+        for part in several.rstrip("}").split(","):
+            expected[f"{found.source.dataset or 'data'}/{base}{part}"] = path
+    assert {item.id: item.images[0].relative_to(root).as_posix() for item in found.items} == expected
+    for item in found.items:
+        dataset, subject, visit, sequence = item.id.split("/")
+        assert (item.subject, item.session) == (f"{dataset}/{subject}", visit)
+        assert item.sequence == sequence.split("-")[0]
+    assert {reason: sorted(paths) for reason, paths in found.excluded.items()} == left_out
+    assert found.unmatched == unmatched
+
+
+def test_every_source_is_tested():
+    assert {sources.source_name(case[0]) for case in CASES} == set(SOURCES)
+
+
+def test_sums_of_table_1():
+    published = [source.published for source in SOURCES.values() if source.published]
+    assert len(published) == 9
+    assert [sum(column) for column in zip(*published, strict=True)] == [7140, 16040, 44756]
+
+
+def test_a_part_left_out_by_default_is_taken_where_its_folder_is_given(tree):
+    root = tree(
+        "test/Amsterdam/Philips_VU .PETMR_01./160/pre/FLAIR.nii.gz",
+        "test/Amsterdam/Philips_VU .PETMR_01./160/wmh.nii.gz",
+        "imagesTr/BRATS_001.nii.gz",
+        "Testing/Center_03/Patient_01/Preprocessed_Data/T1_preprocessed.nii.gz",
+    )
+    assert ids(find("wmh", root / "test")) == ["WMH/Amsterdam_Philips_VU-PETMR_01_160/ses-1/FLAIR"]
+    assert len(find("msd_task01", root / "imagesTr").items) == 4
+    assert len(find("msseg1", root / "Testing").items) == 1
+    assert sum(len(find(name, root).items) for name in ("wmh", "msd_task01", "msseg1")) == 0
+
+
+def test_a_folder_within_the_tree_may_be_given(tree):
+    root = tree("OAS30001_MR_d0129/anat1/sub-OAS30001_ses-d0129_T1w.nii.gz")
+    assert ids(find("OASIS3", root / "OAS30001_MR_d0129")) == ids(find("oasis3", root))
+
+
+def test_volumes_of_a_4d_file(tree):
+    found = find("msd_task01", tree("imagesTs/BRATS_485.nii.gz"))
+    assert [(item.sequence, item.volume) for item in found.items] == [
+        ("FLAIR", (0, 4)),
+        ("T1", (1, 4)),
+        ("T1ce", (2, 4)),
+        ("T2", (3, 4)),
+    ]
+
+
+def test_corpus_filter_is_that_of_the_four_large_sources(tree):
+    assert [name for name, source in SOURCES.items() if source.corpus_filter] == ["adni", "oasis3", "oasis4", "ppmi"]
+    wmh = find("wmh", tree("training/Utrecht/11/pre/T1.nii.gz", root="w"))
+    oasis = find("oasis4", tree("OAS42510_MR_d3133/anat1/sub-OAS42510_sess-d3133_T1w.nii.gz", root="o"))
+    for choice, expected in (("auto", [True, False]), ("on", [True, True]), ("off", [False, False])):
+        assert [item.corpus_filter for item in gather([wmh, oasis], choice).items] == expected
+
+
+def test_two_files_of_one_id_stop_and_are_both_named(tree, tmp_path, capsys):
+    root = tree("sub-01/anat/sub-01_T1w.nii", "copy/sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii")
+    line = refused(capsys, "--source", f"bids={root}", "--out", tmp_path / "s", "--workers", 0)
+    assert "id_collision: 1 ids come from two files" in line
+    assert f"{root}/copy/sub-01/anat/sub-01_T1w.nii.gz" in line
+    assert f"{root}/sub-01/anat/sub-01_T1w.nii both map to 'data/sub-01/ses-1/T1'" in line
+    assert not (tmp_path / "s").exists()
+
+
+def test_dicom_is_named(tree, tmp_path, capsys):
+    root = tree("002_S_0295/a/1.dcm", "002_S_0295/b/IM0001", "002_S_0295/c/IM0002")
+    (root / "002_S_0295/b/IM0001").write_bytes(bytes(128) + b"DICM")
+    assert find("adni", root).dicom == ["002_S_0295/a/1.dcm", "002_S_0295/b/IM0001"]
+    line = refused(capsys, "--source", f"adni={root}", "--out", tmp_path / "s")
+    assert "no volume was found" in line
+    assert "dcm2niix" in line
+
+
+def test_links_in_a_circle_are_walked_once(tree):
+    root = tree("sub-01/anat/sub-01_T1w.nii")
+    (root / "sub-01" / "again").symlink_to(root)
+    assert len(find("bids", root).items) == 1
+
+
+# Held-out cases -------------------------------------------------------------------------------------------------------
+
+
+def test_hold_out_by_hand():
+    """RandomState(4215532).permutation(10) is 6 9 0 3 5 4 8 2 7 1; ceil(2.5) = 3 cases are the test set."""
+    pool, test = hold_out([f"c{k}" for k in (3, 1, 0, 2, 5, 4, 9, 8, 7, 6)], 4215532)
+    assert test == ["c6", "c9", "c0"]
+    assert pool == ["c3", "c5", "c4", "c8", "c2", "c7", "c1"]
+
+
+def test_hold_out_refuses_a_name_twice():
+    with pytest.raises(ValueError, match="expected different names, found 1 of 3 repeated"):
+        hold_out(["a", "b", "a"], 1)
+
+
+def test_published_hold_out_of_brats(tree):
+    names = [f"BraTS2021_{k:05d}" for k in range(1251)]
+    root = tree(*(f"{name}/{name}_{part}.nii.gz" for name in names for part in ("flair", "t1")))
+    found = find("brats21", root)
+    assert "1251 subjects and 2502 volumes become 938 and 1876" in describe([found])
+    leave_out_test([found], "brats21")
+    assert found.counts == (938, 938, 1876)
+    test = set(hold_out(names, 4215532)[1])
+    assert len(test) == 313
+    assert not test & {item.subject.removeprefix("BraTS21/") for item in found.items}
+    assert len(found.excluded["hold_out"]) == 626
+    assert "THE TEST CASES" not in describe([found])
+
+
+def test_hold_out_is_only_of_all_cases(tree):
+    found = find("brats21", tree("BraTS2021_00000_t1.nii.gz"))
+    with pytest.raises(ValueError, match="permutation of all 1251 cases, found 1"):
+        leave_out_test([found], "brats21")
+    with pytest.raises(ValueError, match="no test cases were published; choose from brats21, isles22"):
+        leave_out_test([found], "wmh")
+    with pytest.raises(ValueError, match="no --source isles22=DIR is given"):
+        leave_out_test([found], "isles22")
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_counts_beside_table_1_and_writes_nothing(tree, tmp_path, capsys):
+    wmh = tree("training/Utrecht/1/pre/T1.nii.gz", "training/Utrecht/1/pre/FLAIR.nii.gz", "lost.nii", root="wmh")
+    brats = tree("BraTS2021_00000_t1.nii.gz", root="brats")
+    given = ["--source", f"wmh={wmh}", "--source", f"brats21={brats}"]
+    assert main([*given, "--out", str(tmp_path / "s"), "--dry-run"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["volumes", "2", "120"] in lines
+    assert ["subjects", "1", "938"] in lines
+    assert ["total:", "2", "subjects,", "2", "visits,", "3", "volumes"] in lines
+    text = "\n".join(" ".join(line) for line in lines)
+    assert "sequences FLAIR 1, T1 1 (Table 1: T1, FLAIR)" in text
+    assert "1 NIfTI files match no rule (lost.nii)" in text
+    assert "--hold-out brats21, which needs all 1251 cases (found 1)" in text
+    assert "not out-of-domain" in text
+    assert not (tmp_path / "s").exists()
+
+
+def test_dry_run_of_a_folder(tree, tmp_path, capsys):
+    root = tree("sub-1/T1.nii", "sub-1/FLAIR.nii", "sub-2/T1.nii")
+    assert main(["--images", str(root), "--out", str(tmp_path / "s"), "--dry-run"]) == 0
+    assert "3 cases of 2 subjects, 0 labelled; FLAIR 1, T1 2" in capsys.readouterr().out
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--source", "nope=."], "choose from adni, oasis3, oasis4, ppmi, brats21, isles22, wmh"),
+        (["--source", "wmh"], "'wmh' is not NAME=DIR"),
+        (["--source", "wmh=/no/such"], "no such folder"),
+        (["--source", "wmh=.", "--images", "."], "not allowed with argument"),
+        (["--source", "wmh=.", "--labels", "."], "--labels: goes with --images"),
+        (["--source", "wmh=.", "--missing-channel", "zeros"], "--missing-channel: goes with --images"),
+        (["--images", ".", "--hold-out", "brats21"], "--hold-out brats21: goes with --source"),
+        (["--images", ".", "--shard", "2/2"], "'2/2' is not I/N"),
+    ],
+)
+def test_combinations_are_refused(options, said, tmp_path, capsys):
+    assert said in refused(capsys, *options, "--out", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_store_of_two_sources(tmp_path, capsys):
+    """Volumes of a 4-D file are cases of their own; what the published corpus leaves out is skipped, not an error."""
+    root = tmp_path / "d"
+    volumes = np.stack([make_volume((16, 18, 17), seed=k) for k in range(4)], axis=3)
+    save_nifti(root / "msd/imagesTs/BRATS_485.nii.gz", volumes)
+    scan = "oasis/OAS42510_MR_d{day}/anat1/sub-OAS42510_sess-d{day}_T1w.nii.gz"
+    negative = make_volume((16, 18, 17))
+    negative[5, 5, 5] = -1
+    for day, data in enumerate([make_volume((16, 18, 17)), make_volume((14, 18, 17)), negative, volumes]):
+        save_nifti(root / scan.format(day=day), data)
+    options = ["--source", f"msd_task01={root}/msd", "--source", f"oasis4={root}/oasis", "--workers", "0"]
+    assert main([*options, "--out", str(tmp_path / "s")]) == 0
+    out = capsys.readouterr().out
+    assert "8 inputs: 5 ok, 3 skipped, 0 rejected, 0 failed" in out
+    assert "5 cases of 2 subjects" in out
+    assert "of MSD_Task01 4, OASIS4 1" in out
+    rows = [json.loads(line) for line in (tmp_path / "s" / "report.jsonl").read_text().splitlines()]
+    assert [row["reason"] for row in rows if row["id"].startswith("OASIS4")] == [None, *["corpus_filter"] * 3]
+    said = ["at least 15 voxels per axis, found 14 x 18 x 17", "no negative value, found -1", "3-D"]
+    for row, part in zip(rows[5:], said, strict=True):
+        assert (row["status"], part in row["message"]) == ("skipped", True)
+    content = json.loads((tmp_path / "s" / "dataset.json").read_text())
+    assert content["channels"] == ["image"]
+    assert [case["id"] for case in content["cases"]] == [
+        *(f"MSD_Task01/BRATS_485/ses-1/{name}" for name in ("FLAIR", "T1", "T1ce", "T2")),
+        "OASIS4/OAS42510/d0/T1-anat1",
+    ]
+    assert content["cases"][0]["subject"] == "MSD_Task01/BRATS_485"
+    for k, case in enumerate(content["cases"][:4]):
+        save_nifti(tmp_path / f"alone{k}/{k}.nii.gz", volumes[..., k])
+        assert main(["--images", str(tmp_path / f"alone{k}"), "--out", str(tmp_path / f"s{k}"), "--workers", "0"]) == 0
+        alone = np.load(tmp_path / f"s{k}/cases/{k}.npy")
+        assert np.array_equal(np.load(tmp_path / "s/cases" / f"{case['id']}.npy"), alone)
+    assert main([*options, "--out", str(tmp_path / "s")]) == 0
+    assert "8 inputs: 0 ok, 8 skipped, 0 rejected, 0 failed" in capsys.readouterr().out

@@ -1,0 +1,153 @@
+import pytest
+import torch
+
+from amaes import hardware
+from amaes.distributed import Ranks, pick_device
+from amaes.models import build_autoencoder
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0, 1, CPU)
+
+
+def test_precision():
+    assert not hardware.use_bf16(CPU, "auto")
+    assert hardware.use_bf16(CPU, "bf16")
+    assert hardware.use_bf16(torch.device("cuda"), "auto")
+    assert not hardware.use_bf16(torch.device("cuda"), "fp32")
+    with pytest.raises(ValueError, match="precision 'fp16' is unknown; accepted: auto, bf16, fp32"):
+        hardware.use_bf16(CPU, "fp16")
+
+
+def test_compile_auto_is_eager_on_the_cpu_and_says_why():
+    wrap, why = hardware.compiler(CPU, "auto")
+    network = torch.nn.Linear(1, 1)
+    assert wrap(network) is network
+    assert why == "eager (--compile auto compiles on CUDA only)"
+    with pytest.raises(ValueError, match="compile 'yes' is unknown"):
+        hardware.compiler(CPU, "yes")
+
+
+def test_compile_falls_back_where_it_does_not_work(monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no Triton here\nmore")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ValueError, match=r"--compile on: torch.compile does not work here \(no Triton here\)"):
+        hardware.compiler(CPU, "on")
+    monkeypatch.setattr(torch, "ones", lambda *args, **options: None)
+    wrap, why = hardware.compiler(torch.device("cuda"), "auto")
+    assert wrap(3) == 3
+    assert why == "eager: torch.compile does not work here (no Triton here)"
+
+
+def test_saved_bytes_equal_what_autograd_keeps():
+    shape = (1, 1, 32, 48, 16)
+    with torch.device("meta"):
+        expected = hardware.saved_bytes(build_autoencoder("unet_tiny"), shape)
+    network, kept = build_autoencoder("unet_tiny"), 0
+
+    def count(tensor):
+        nonlocal kept
+        kept += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        network(torch.rand(shape))
+    assert kept <= expected <= 1.15 * kept  # meta counts the decoder in two steps, the CPU fuses the finest of them
+
+
+def test_micro_batches_shrink_until_they_fit(monkeypatch):
+    def build():
+        return build_autoencoder("unet_tiny")
+
+    with torch.device("meta"):
+        one = hardware.saved_bytes(build(), (1, 1, 32, 32, 32))
+    fixed = 20 * sum(p.numel() for p in build().parameters())
+
+    def fit(free, total=1e15, batch=12, ranks=ALONE):
+        monkeypatch.setattr(hardware, "memory_of", lambda device, local_world: (total, free))
+        return hardware.fit_micro_batch(build, (32, 32, 32), batch, ranks, half=False)
+
+    assert fit(1e15) == 1
+    assert fit(fixed + 1.3 * 6 * one) == 2
+    assert fit(fixed + 1.3 * 4 * one) == 3
+    assert fit(0) == 12
+    assert fit(0, batch=12, ranks=Ranks(1, 4, 1, 4, CPU)) == 3
+    with pytest.raises(ValueError, match=r"--patch-size 32 32 32: one patch takes about .* GB, cpu has"):
+        fit(0, total=fixed)
+
+
+def test_memory_is_shared_by_the_ranks_of_a_machine():
+    total, free = hardware.memory_of(CPU)
+    if total is None:
+        pytest.skip("this system does not tell its memory")
+    assert 0 < free <= total
+    assert hardware.memory_of(CPU, local_world=2)[0] == pytest.approx(total / 2)
+
+
+def test_devices(monkeypatch):
+    assert pick_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == CPU
+    with pytest.raises(ValueError, match="--device cuda: no usable GPU found"):
+        pick_device("cuda")
+
+
+class Volume:
+    """What statvfs says of a file system: blocks of 4096 bytes."""
+
+    f_frsize = 4096
+
+    def __init__(self, free):
+        self.f_bavail = free // 4096
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """Function: pretend that so many bytes of /dev/shm and of memory are free."""
+
+    def pretend(shared, memory):
+        monkeypatch.setattr(hardware, "SHARED_MEMORY", tmp_path)
+        monkeypatch.setattr(hardware.os, "statvfs", lambda path: Volume(shared))
+        monkeypatch.setattr(hardware, "memory_of", lambda device, local_world=1: (memory, memory))
+
+    return pretend
+
+
+def test_batches_that_fit_into_shared_memory_are_no_complaint(host):
+    host(shared=5 << 30, memory=1 << 40)
+    assert hardware.check_shared_memory(2, 1 << 30) is None  # 2 workers x 2 batches + 1 in use = 5
+    assert hardware.check_shared_memory(0, 1 << 40) is None
+    host(shared=(5 << 30) - 4096, memory=1 << 40)
+    assert hardware.check_shared_memory(2, 1 << 30) is not None
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch", "prefetch", "ranks", "flag"),
+    [
+        (2, 10 << 20, 2, 2, "--shm-size=1g"),  # 100 MiB
+        (4, 256 << 20, 2, 1, "--shm-size=3g"),  # 2.25 GiB
+        (1, 1 << 30, 2, 1, "--shm-size=4g"),  # 3 GiB, and room for others
+        (8, 64 << 20, 4, 8, "--shm-size=17g"),  # 16.5 GiB
+    ],
+)
+def test_too_little_shared_memory_names_the_size_to_ask_for(host, workers, batch, prefetch, ranks, flag):
+    host(shared=64 << 20, memory=1 << 40)  # what docker gives
+    line = hardware.check_shared_memory(workers, batch, prefetch, ranks)
+    assert f"docker run {flag} or --ipc=host" in line
+    assert f"{workers} --workers of {ranks} ranks" in line
+    assert "0.1 GB free" in line
+    assert "\n" not in line
+
+
+def test_too_little_memory_behind_enough_shared_memory_is_told(host):
+    host(shared=1 << 40, memory=4 << 30)
+    assert "4.3 GB of memory are free" in hardware.check_shared_memory(2, 1 << 30)
+
+
+def test_advice_says_what_is_free(host, monkeypatch):
+    host(shared=64 << 20, memory=4 << 30)
+    assert hardware.memory_advice().startswith("free now: 4.3 GB of memory and 0.1 GB of ")
+    monkeypatch.setattr(hardware, "memory_of", lambda device, local_world=1: (None, None))
+    monkeypatch.setattr(hardware, "free_shared_memory", lambda: None)
+    assert hardware.memory_advice().startswith("free now: unknown; what helps: --workers 0")

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+
+from amaes import distributed
+from amaes.training import run_folder
+from amaes.training.run_folder import Metrics
+
+CHOSEN = {"accumulate": 1, "world": 1}
+
+
+def open_run(folder, options, record, **more):
+    return run_folder.open_run(
+        folder, **({"task": "pretrain", "chosen": CHOSEN} | more), options=options, record=record
+    )
+
+
+ALONE = distributed.Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+def test_a_new_run_records_what_it_is(tmp_path):
+    assert open_run(tmp_path / "run", {"lr": 0.1}, {"store": "abc"}) == CHOSEN
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["options"] == {"lr": 0.1}
+    assert config["record"] == {"store": "abc"}
+    assert {"torch", "numpy", "amaes", "python"} <= set(config["versions"])
+    assert "command" in config["starts"][0]
+
+
+def test_the_same_command_continues_and_is_recorded(tmp_path):
+    open_run(tmp_path, {"lr": 0.1, "workers": 0, "pairs": [("order", 3)]}, {})
+    open_run(tmp_path, {"lr": 0.1, "workers": 4, "pairs": [("order", 3)]}, {})
+    assert len(json.loads((tmp_path / "config.json").read_text())["starts"]) == 2
+
+
+def test_other_options_are_refused_with_both_values(tmp_path):
+    open_run(tmp_path, {"batch_size": 4}, {"store": "abc"})
+    with pytest.raises(ValueError, match=r"--batch-size 8: the run in .* has 4"):
+        open_run(tmp_path, {"batch_size": 8}, {"store": "abc"})
+    with pytest.raises(ValueError, match="store other: the run in .* has abc"):
+        open_run(tmp_path, {"batch_size": 4}, {"store": "other"})
+
+
+def test_what_was_chosen_holds_for_the_same_number_of_ranks(tmp_path):
+    open_run(tmp_path, {}, {}, chosen={"accumulate": 4, "world": 2})
+    assert open_run(tmp_path, {}, {}, chosen={"accumulate": 8, "world": 2}) == {"accumulate": 4, "world": 2}
+    assert open_run(tmp_path, {}, {}, chosen={"accumulate": 8, "world": 1}) == {"accumulate": 8, "world": 1}
+
+
+def test_resume_never_refuses_a_run_and_overwrite_clears_what_is_its_own(tmp_path):
+    open_run(tmp_path, {"lr": 1}, {})
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-1.pt").write_text("x")
+    elsewhere = tmp_path.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "step-1.pt").write_text("x")
+    (tmp_path / "fold0").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="holds a run already"):
+        open_run(tmp_path, {"lr": 1}, {}, resume="never")
+    open_run(tmp_path, {"lr": 2}, {}, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json"]
+    assert (elsewhere / "step-1.pt").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_not_a_run_of_this_task_is_left_alone(tmp_path, overwrite):
+    folder = tmp_path / "other"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "mine.bin").write_text("x")
+    for text in ('{"model_type": "bert"}', "hello", "[]"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="its config.json is not of a run"):
+            open_run(folder, {}, {}, overwrite=overwrite)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="not a run, and holds checkpoints"):
+        open_run(folder, {}, {}, overwrite=overwrite)
+    assert (folder / "checkpoints" / "mine.bin").exists()
+
+    open_run(tmp_path / "run", {}, {})
+    with pytest.raises(ValueError, match="holds a run of task 'pretrain', this is 'segment'"):
+        open_run(tmp_path / "run", {}, {}, task="segment", overwrite=overwrite)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="a file, expected a folder"):
+        open_run(tmp_path / "file", {}, {}, overwrite=overwrite)
+
+
+def test_a_killed_start_and_the_demo_data_are_not_in_the_way(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / ".config.json.77.tmp").write_text("{")
+    assert open_run(tmp_path, {}, {}) == CHOSEN
+
+
+def test_metrics_after_the_step_are_dropped_with_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "loss": 1}\n{"step": 20, "loss": 2}\n{"step": 3')
+    metrics = Metrics(path, step=10)
+    metrics.write(step=20, loss=0.123456789, note="x")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 10, "loss": 1},
+        {"step": 20, "loss": 0.123457, "note": "x"},
+    ]
