@@ -10,6 +10,18 @@ from pathlib import Path
 
 EXIT_OK, EXIT_REJECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
+started_as: str | None = None  # such as `amaes pretrain`; `amaes.__main__` sets it before it starts a command
+
+
+def program() -> str:
+    """The command as the user typed it, for usage and errors: amaes predict, python -m amaes.predict, evaluate.py."""
+    if started_as is not None:
+        return started_as
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.origin == sys.argv[0]:
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return Path(sys.argv[0]).name
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Prints the real default of every option, also of those whose help names none."""
@@ -24,6 +36,7 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser with our help format and no abbreviated options (a typo must not select another option)."""
 
     def __init__(self, **options) -> None:
+        options.setdefault("prog", program())
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
@@ -43,15 +56,22 @@ def run(main: Callable[..., int | None], *arguments: object) -> None:
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{program()}: error: {_one_line(error)}", file=sys.stderr)
         status = EXIT_USER_ERROR
     sys.stdout.flush()
     sys.exit(status)
 
 
+def logger(on: bool) -> Callable[[str], None]:
+    """What takes the lines of a run's log, beside a progress bar; where `on` is False it drops them."""
+    from tqdm import tqdm
+
+    return (lambda text: tqdm.write(as_options(text))) if on else (lambda text: None)
+
+
 def as_options(text: str) -> str:
     """A message of the library, which names parameters as `patch_size`, with the options of the command line."""
-    return re.sub(r"`([a-z]+(?:_[a-z]+)*)`", lambda match: "--" + match[1].replace("_", "-"), text)
+    return re.sub(r"`([a-z][a-z0-9]*(?:_[a-z0-9]+)*)`", lambda match: "--" + match[1].replace("_", "-"), text)
 
 
 def _one_line(error: Exception) -> str:
@@ -86,6 +106,16 @@ def non_negative_float(text: str) -> float:
 def fraction(text: str) -> float:
     """argparse type: number in [0, 1)."""
     return _number(text, float, lambda value: 0 <= value < 1, "a number in [0, 1)")
+
+
+def correlation(text: str) -> float:
+    """argparse type: number above 0, at most 1."""
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+
+
+def split_seed(text: str) -> int:
+    """argparse type: integer from 0 to 4 million (the folds' generator takes 1000 times it, 32 bits)."""
+    return _number(text, int, lambda value: 0 <= value <= 4_000_000, "an integer from 0 to 4000000")
 
 
 def _number(text: str, kind: type, accepted: Callable, what: str):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -56,7 +55,7 @@ def setup(device: str = "auto") -> Ranks:
     where = pick_device(device)
     if where.type == "cuda":
         if local_world > torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node {local_world}: this machine has {torch.cuda.device_count()} GPUs")
+            raise ValueError(f"`nproc_per_node` {local_world}: this machine has {torch.cuda.device_count()} GPUs")
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
     if world > 1:
@@ -73,47 +72,39 @@ def setup(device: str = "auto") -> Ranks:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device auto|cpu|cuda`."""
+    """The device of "auto" (CUDA where there is a GPU), "cpu" or "cuda"."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no usable GPU found; accepted here: auto, cpu")
+        raise ValueError("`device` cuda: no usable GPU found; accepted here: auto, cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-class Wrapped(NamedTuple):
-    """A network as training calls it.
-
-    Attributes:
-        model: the network, DDP around it where there are ranks, compiled.
-        gradients: `gradients(sync)` is the context of forward and backward pass; False leaves out the all-reduce.
-        all_reduce_ms: milliseconds of the all-reduce of the last step that DDP measured (one in a hundred), most of it
-            beside the backward pass; None where there is none.
-    """
-
-    model: Callable
-    gradients: Callable[..., contextlib.AbstractContextManager]
-    all_reduce_ms: Callable[[], float | None]
-
-
-def wrap(network: nn.Module, ranks: Ranks, compiler: Callable[[nn.Module], nn.Module]) -> Wrapped:
-    """The network to call in training: network, then DDP where there are ranks, then compilation."""
+def wrap(network: nn.Module, ranks: Ranks, compiler: Callable[[nn.Module], nn.Module]) -> Callable:
+    """The network to call in training: with DDP around it where there are several ranks, then compiled."""
     if ranks.world == 1:
-        return Wrapped(compiler(network), lambda sync: contextlib.nullcontext(), lambda: None)
+        return compiler(network)
     ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
-    parallel = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+    return compiler(DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True))
 
-    def all_reduce_ms() -> float | None:
-        nanoseconds = parallel._get_ddp_logging_data().get("backward_comm_time")
-        return None if nanoseconds is None else nanoseconds / 1e6
 
-    return Wrapped(
-        compiler(parallel), lambda sync: contextlib.nullcontext() if sync else parallel.no_sync(), all_reduce_ms
-    )
+def sync_gradients(model: Callable, last: bool) -> AbstractContextManager:
+    """Context of a micro-step's forward and backward pass: ranks exchange gradients in the last one only.
+
+    Args:
+        model: of `wrap`.
+        last: whether it is the last micro-step of the step.
+    """
+    return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
 
 
 def shutdown() -> None:
     """Leave the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def on_main() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def barrier() -> None:
@@ -138,7 +129,7 @@ def from_main(value: object) -> object:
     return box[0]
 
 
-def gather(value: object) -> list:
+def gather_from_ranks(value: object) -> list:
     """Every rank's `value` (plain data), in the order of ranks, on every rank."""
     values: list = [value]
     if dist.is_initialized():

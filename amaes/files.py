@@ -39,9 +39,9 @@ def written_whole(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
         cause = _cause(error)
         if cause is None:
             raise
-        told = OSError(f"{path}: could not be written ({cause.strerror}); what was there before is untouched")
-        told.errno = cause.errno
-        raise told from error
+        explained = OSError(f"{path}: could not be written ({cause.strerror}); what was there before is untouched")
+        explained.errno = cause.errno
+        raise explained from error
 
 
 @contextmanager

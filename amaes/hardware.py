@@ -5,91 +5,95 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from amaes.distributed import Ranks, gather
+from amaes.choices import COMPILE, PRECISIONS
+from amaes.distributed import Ranks, gather_from_ranks
 
-GB = 1e9
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+GB = 1e9  # bytes
 
 
 def use_bf16(device: torch.device, precision: str) -> bool:
-    """Whether `--precision auto|bf16|fp32` means bfloat16 autocast: auto does on CUDA."""
+    """Whether to compute in bfloat16 autocast: for "bf16", and for "auto" on CUDA.
+
+    Raises:
+        ValueError: the precision is none of PRECISIONS.
+    """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is unknown; accepted: {', '.join(PRECISIONS)}")
+        raise ValueError(f"`precision` {precision} is unknown; accepted: {', '.join(PRECISIONS)}")
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-PRECISIONS = ("auto", "bf16", "fp32")
-
-
 def compiler(device: torch.device, choice: str) -> tuple[Callable[[nn.Module], nn.Module], str]:
-    """`torch.compile` or the identity, and one line that says which and why.
+    """The function that compiles a network, and one line that says what it does and why.
 
     Args:
         device: where the network runs.
         choice: "auto" compiles on CUDA where a small graph compiles and runs, "on" insists, "off" never.
 
+    Returns:
+        `torch.compile`, or a function that returns the network as it is; and the line.
+
     Raises:
-        ValueError: "on", and the small graph does not compile.
+        ValueError: the choice is none of COMPILE; or it is "on", and the small graph does not compile.
     """
-    if choice not in COMPILE_CHOICES:
-        raise ValueError(f"compile {choice!r} is unknown; accepted: {', '.join(COMPILE_CHOICES)}")
-    if choice == "off" or (choice == "auto" and device.type != "cuda"):
-        return _identity, "eager" + (" (--compile auto compiles on CUDA only)" if choice == "auto" else "")
+    if choice not in COMPILE:
+        raise ValueError(f"`compile` {choice} is unknown; accepted: {', '.join(COMPILE)}")
+    if choice == "off":
+        return _as_it_is, "eager"
+    if choice == "auto" and device.type != "cuda":
+        return _as_it_is, "eager (auto compiles on CUDA only)"
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing: Triton, a C compiler, headers, a recent enough GPU
         reason = str(error).strip().split("\n")[0][:160]
         if choice == "on":
-            raise ValueError(
-                f"--compile on: torch.compile does not work here ({reason}); accepted here: auto, off"
-            ) from error
-        return _identity, f"eager: torch.compile does not work here ({reason})"
+            raise ValueError(f"`compile` on: torch.compile does not work here ({reason}); take auto or off") from error
+        return _as_it_is, f"eager: torch.compile does not work here ({reason})"
     return torch.compile, "compiled"
 
 
-COMPILE_CHOICES = ("auto", "on", "off")
-
-
-def _identity(network: nn.Module) -> nn.Module:
+def _as_it_is(network: nn.Module) -> nn.Module:
     return network
 
 
-def complaints(device: torch.device) -> list[str]:
+def known_defects(device: torch.device) -> list[str]:
     """One line for every known defect of this PyTorch and cuDNN in 3D convolutions, with the remedy; CUDA only."""
     if device.type != "cuda":
         return []
-    return slow_convolutions(str(torch.__version__), torch.backends.cudnn.version())
+    return convolution_defects(str(torch.__version__), torch.backends.cudnn.version())
 
 
-def slow_convolutions(torch_version: str, cudnn_version: int | None) -> list[str]:
-    """Known defects of 3D convolutions in bf16, by version.
+def convolution_defects(torch_version: str, cudnn_version: int | None) -> list[str]:
+    """Known defects of 3D convolutions in bf16, by version (github.com/pytorch/pytorch, issues 163539 and 166643).
+
+    cuDNN 9.8 to 9.10 computes large ones wrongly. PyTorch 2.9.0 therefore does without cuDNN, later versions do so
+    until cuDNN 9.15.
 
     Args:
         torch_version: such as "2.9.1+cu128".
-        cudnn_version: such as 91002 for 9.10.2, None without cuDNN.
+        cudnn_version: such as 91002 for 9.10.2; None without cuDNN.
     """
     numbers = tuple(int(number) for number in re.findall(r"\d+", torch_version)[:3])
-    remedy = "install torch 2.9.1 or newer with cuDNN 9.15 or newer (pip install nvidia-cudnn-cu12>=9.15)"
-    if cudnn_version is None:
-        return [f"WARNING: torch {torch_version} has no cuDNN: 3D convolutions are several times slower; {remedy}"]
-    if numbers == (2, 9, 0):
-        return [
-            f"WARNING: torch {torch_version} does not use cuDNN for 3D convolutions in bf16: about 4 times slower, "
-            f"3 times the memory; {remedy}"
-        ]
-    if 90800 <= cudnn_version < 91500:
-        effect = (
-            "may compute large 3D convolutions in bf16 wrongly"
-            if numbers < (2, 9)
-            else "is not used for 3D convolutions in bf16, about 4 times slower, as it may compute them wrongly"
-        )
-        return [f"WARNING: cuDNN {cudnn_version} with torch {torch_version} {effect}; {remedy}"]
-    return []
+    cudnn = cudnn_version or 0
+    if numbers < (2, 9) and 90800 <= cudnn < 91100:
+        effect = "large 3D convolutions in bf16 may be wrong"
+    elif numbers == (2, 9, 0) or (numbers > (2, 9, 0) and 90800 <= cudnn < 91500):
+        effect = "3D convolutions in bf16 take 3 times the memory and 4 times as long"
+    else:
+        return []
+    remedy = "install torch 2.9.1 or newer with cuDNN 9.15 or newer (pip install 'nvidia-cudnn-cu12>=9.15')"
+    return [f"WARNING: torch {torch_version} with cuDNN {cudnn_version}: {effect}; {remedy}"]
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -104,23 +108,23 @@ def saved_bytes(network: nn.Module, shape: Sequence[int]) -> int:
     The meta device computes shapes alone, so this takes no memory and little time. Of stages that the backward pass
     runs again, the inputs count, and the one that keeps most while it runs.
     """
-    sums = [0]  # what is kept throughout, then what each such stage keeps
-    into = 0
+    sums = [0]  # bytes kept throughout, then bytes that each such stage keeps
+    current = 0  # index into sums
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, nn.Parameter):
-            sums[into] += tensor.numel() * tensor.element_size()
+            sums[current] += tensor.numel() * tensor.element_size()
         return tensor
 
     def begin(stage: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        nonlocal into
+        nonlocal current
         count(inputs[0])
         sums.append(0)
-        into = -1
+        current = -1
 
     def end(stage: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        nonlocal into
-        into = 0
+        nonlocal current
+        current = 0
 
     for stage in network.checkpoint_activations(False) if hasattr(network, "checkpoint_activations") else ():
         stage.register_forward_pre_hook(begin)
@@ -131,16 +135,16 @@ def saved_bytes(network: nn.Module, shape: Sequence[int]) -> int:
 
 
 def fit_micro_batch(
-    build: Callable[[], nn.Module], patch_size: Sequence[int], batch_size: int, ranks: Ranks, half: bool, views: int = 1
+    network: nn.Module, patch_size: Sequence[int], batch_size: int, ranks: Ranks, bf16: bool, views: int = 1
 ) -> int:
     """How many micro-steps a rank's share of the batch must be cut into to fit into its free memory.
 
     Args:
-        build: makes the network; called on the meta device.
+        network: on the meta device.
         patch_size: (X, Y, Z).
         batch_size: patches per step over all ranks; divides by their number.
         ranks: this process among all; CPU ranks on one machine share its memory.
-        half: autocast to bfloat16 is on.
+        bf16: autocast to bfloat16 is on.
         views: inputs of the network per patch.
 
     Returns:
@@ -149,26 +153,24 @@ def fit_micro_batch(
     Raises:
         ValueError: one patch alone needs more memory than the device has.
     """
-    with torch.device("meta"):
-        network = build()
-    kept = saved_bytes(network, (views, network.in_channels, *patch_size)) * (0.6 if half else 1.0)
+    kept = saved_bytes(network, (views, network.in_channels, *patch_size)) * (0.6 if bf16 else 1.0)
     fixed = sum(p.numel() for p in network.parameters()) * _BYTES_PER_PARAMETER
     total, free = memory_of(ranks.device, ranks.local_world)
     if total is None:
         return 1
     if fixed + 0.5 * kept > total:  # compilation may save as much as half, no more
         raise ValueError(
-            f"--patch-size {' '.join(map(str, patch_size))}: one patch takes about {(fixed + kept) / GB:.0f} GB, "
-            f"{ranks.device.type} has {total / GB:.0f} GB for each process; take a smaller --patch-size or --arch"
+            f"`patch_size` {' '.join(map(str, patch_size))}: one patch takes about {(fixed + kept) / GB:.0f} GB, "
+            f"{ranks.device.type} has {total / GB:.0f} GB for each process; take a smaller `patch_size` or `arch`"
         )
     share = batch_size // ranks.world
     pieces = (n for n in range(1, share + 1) if share % n == 0)
     needed = next((n for n in pieces if fixed + 1.25 * kept * share / n < free), share)  # a quarter for work space
-    return max(gather(needed))
+    return max(gather_from_ranks(needed))
 
 
 def memory_of(device: torch.device, local_world: int = 1) -> tuple[float | None, float | None]:
-    """Total and free bytes for one process on `device`; (None, None) where the system does not tell."""
+    """Total and free bytes for one process on `device`; (None, None) where the system does not say."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -187,7 +189,7 @@ PREFETCH = 2  # batches that each worker reads ahead
 
 
 def check_shared_memory(workers: int, batch_bytes: int, prefetch: int = PREFETCH, local_world: int = 1) -> str | None:
-    """One line where memory may not hold the batches that workers read ahead, with what helps; None where it does.
+    """One line, with what helps, where memory may not hold the batches that workers read ahead; None where it does.
 
     Args:
         workers: processes per rank that read; without any, nothing is shared.
@@ -198,17 +200,17 @@ def check_shared_memory(workers: int, batch_bytes: int, prefetch: int = PREFETCH
     if not workers:
         return None
     needed = local_world * (workers * prefetch + 1) * batch_bytes
-    batches = f"{workers} --workers of {local_world} ranks hold up to {needed / GB:.1f} GB of batches"
+    batches = f"{workers} `workers` of {local_world} ranks hold up to {needed / GB:.1f} GB of batches"
     shared = free_shared_memory()
     if shared is not None and needed > shared:
         return (
             f"WARNING: {batches}, {SHARED_MEMORY} has {shared / GB:.1f} GB free: a worker may be killed; in a "
-            f"container docker run --shm-size={needed // 2**30 + 1}g or --ipc=host, else fewer --workers"
+            f"container docker run --shm-size={needed // 2**30 + 1}g or --ipc=host, else take fewer `workers`"
         )
     free = memory_of(torch.device("cpu"))[1]
     if free is not None and needed > free:
         return (
-            f"WARNING: {batches}, {free / GB:.1f} GB of memory are free: a worker may be killed; fewer --workers help"
+            f"WARNING: {batches}, {free / GB:.1f} GB of memory are free: a worker may be killed; take fewer `workers`"
         )
     return None
 
@@ -223,10 +225,10 @@ def free_shared_memory() -> float | None:
 
 def memory_advice() -> str:
     """How much memory of the host is free, and what helps workers that run out of it."""
-    known = (("memory", memory_of(torch.device("cpu"))[1]), (SHARED_MEMORY, free_shared_memory()))
-    free = " and ".join(f"{size / GB:.1f} GB of {name}" for name, size in known if size is not None)
+    sizes = (("memory", memory_of(torch.device("cpu"))[1]), (SHARED_MEMORY, free_shared_memory()))
+    free = " and ".join(f"{size / GB:.1f} GB of {name}" for name, size in sizes if size is not None)
     return (
-        f"free now: {free or 'unknown'}; what helps: --workers 0 or fewer, in a container docker run --shm-size=8g or "
+        f"free now: {free or 'unknown'}; what helps: fewer `workers` or 0, in a container docker run --shm-size=8g or "
         "--ipc=host"
     )
 
@@ -242,8 +244,8 @@ def _container_memory() -> Iterator[tuple[float, float]]:
         names = (
             ("memory.max", "memory.current") if not controllers else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         )
-        here = root / group.lstrip("/")
-        for folder in (here, *here.parents):
+        lowest = root / group.lstrip("/")
+        for folder in (lowest, *lowest.parents):
             try:
                 limit, used = ((folder / name).read_text().strip() for name in names)
             except OSError:
@@ -252,7 +254,7 @@ def _container_memory() -> Iterator[tuple[float, float]]:
                 yield float(limit), float(used)
 
 
-# Of errors that have no class of their own: the CPU's allocator, cuDNN and cuBLAS.
+# In the text of errors that have no class of their own: those of the CPU's allocator, cuDNN and cuBLAS.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -260,19 +262,19 @@ _OUT_OF_MEMORY = ("can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_
 def out_of_memory_explained(
     device: torch.device, accumulate: int, patch_size: Sequence[int], share: int | None = None
 ) -> Iterator[None]:
-    """Turn running out of memory while training into a ValueError with what was measured and the options that help.
+    """Turn running out of memory in training into a ValueError that says what was measured and which parameters help.
 
     Args:
         device: where the network runs.
         accumulate: micro-steps per step.
         patch_size: (X, Y, Z).
-        share: patches of a rank per step, which micro-steps must divide; None where any number of them will do.
+        share: patches of a rank per step, which must divide by the number of micro-steps; None: any number will do.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        has_own_class = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not has_own_class and not any(text in str(error) for text in _OUT_OF_MEMORY):
             raise
         total, free = memory_of(device)
         size = "unknown" if total is None else f"{total / GB:.1f} GB, {free / GB:.1f} GB of them free"
@@ -280,10 +282,26 @@ def out_of_memory_explained(
             f"{torch.cuda.max_memory_allocated(device) / GB:.1f} GB in use at most; " if device.type == "cuda" else ""
         )
         sides = " ".join(map(str, patch_size))
-        finer = (n for n in range(accumulate + 1, (share or 0) + 1) if share % n == 0)
-        more = 2 * accumulate if share is None else next(finer, None)
-        cut = "--accumulate can cut no finer" if more is None else f"--accumulate {more}"
+        possible = (n for n in range(accumulate + 1, (share or 0) + 1) if share % n == 0)
+        more = 2 * accumulate if share is None else next(possible, None)
+        cut = "`accumulate` can cut no finer" if more is None else f"`accumulate` {more}"
         raise ValueError(
             f"out of memory on {device}: {peak}memory {size}; what helps: {cut} (now {accumulate}), "
-            f"--checkpoint-activations, or a smaller --patch-size (now {sides})"
+            f"`checkpoint_activations`, or a smaller `patch_size` (now {sides})"
         ) from error
+
+
+def peak_gb(device: torch.device) -> float:
+    """Largest memory so far, GB: of the GPU, or of this process on the CPU (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GB
+    if resource is None:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
+
+
+def resident_gb() -> float:
+    """Memory of this process in use now, GB (0 where the system does not tell)."""
+    table = Path("/proc/self/statm")
+    return int(table.read_text().split()[1]) * resource.getpagesize() / GB if table.is_file() else 0.0

@@ -1,24 +1,25 @@
 """From a preprocessed volume to a label map on the grid of the file it came from.
 
 image (C, X, Y, Z) -> overlapping windows -> network -> weighted mean of logits -> resize to the cropped scan
--> class of the largest logit -> paste into the whole scan -> axes of the file
+-> class of the largest logit -> paste into the whole scan -> axes of the file -> values of the label files
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from amaes.hardware import memory_of, use_bf16
-from amaes.preprocess.nifti import restore
+from amaes.preprocess.nifti import to_stored_axes
 
 BLENDS = ("gaussian", "uniform")
 PLACEMENTS = ("even", "flush")
+MIRROR_AXES = (0, 1, 2)  # `tta_axes` of all 8 mirrorings
 _FLOOR = 1e-3  # smallest weight as a fraction of the peak
 _SLAB = 1 << 22  # voxels resized at once: 16 MB in float32
 
@@ -41,21 +42,21 @@ def sliding_window(
 ) -> torch.Tensor:
     """Logits of a whole volume: the weighted mean over windows that overlap.
 
-    Every window goes through the network, also one that shows background alone. A volume smaller than the patch is
-    padded with 0 on both sides. Memory: the image, (K + 1) x 4 bytes per voxel for the sums, and what the network needs
-    for one batch. The sums lie beside the network where they fit into the free memory left after the first batch, else
-    on the CPU. When CUDA runs out of memory all the same, the batch is halved, then the sums move to the CPU.
+    Every window goes through the network, even one that shows background only. A volume smaller than the patch is
+    padded with 0 on both sides. Memory: the image, (K + 1) x 4 bytes per voxel for the sums, and the network's memory
+    for one batch. The sums are on the network's device where the memory left after the first batch holds them, else on
+    the CPU. If CUDA still runs out of memory, the batch is halved, then the sums move to the CPU.
 
     Args:
         model: in evaluation mode, (B, C, *patch) -> (B, K, *patch); of a list the first is taken.
         image: (C, X, Y, Z), [0, 1].
         patch_size: of a window, voxels.
-        overlap: fraction of a window that neighbours share at least, in [0, 1).
+        overlap: smallest fraction of a window that neighbours share, in [0, 1).
         blend: "gaussian" (sigma = patch / 8, at least 1e-3 of the peak) or "uniform".
         placement: "even" spreads the windows, "flush" steps by int(patch * (1 - overlap)) and moves the last one back.
         batch_size: windows per call of the network; None = `default_batch_size`.
         tta_axes: spatial axes (0, 1, 2) to mirror; logits are averaged over all 2^n combinations.
-        accumulate_device: where the sums lie; None decides by the free memory.
+        accumulate_device: device of the sums; None decides by the free memory.
         precision: "auto" (bf16 on CUDA, fp32 on the CPU), "bf16" or "fp32"; sums are always float32.
 
     Returns:
@@ -63,22 +64,35 @@ def sliding_window(
 
     Raises:
         ValueError: an option is out of range, the network's output has another shape or is not finite, or one
-            window alone does not fit into the memory of the GPU.
+            window does not fit into the memory of the GPU.
     """
     patch = _checked(image, patch_size, batch_size, tta_axes)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     padded, inside = _pad(_float_tensor(image, device), patch)  # (C, X', Y', Z')
-    batch_size = batch_size or default_batch_size(patch, device)
     boxes = window_boxes(padded.shape[1:], patch, overlap, placement)
     sums = _Sums(padded.shape[1:], window_weight(patch, blend), accumulate_device)
+    batch_size = batch_size or default_batch_size(patch, device)
+    _add_windows(sums, model, padded, boxes, batch_size, tta_axes=tuple(tta_axes), precision=precision)
+    return sums.mean()[(slice(None), *inside)]
 
-    done = 0
+
+def _add_windows(
+    sums: _Sums,
+    model: nn.Module,
+    image: torch.Tensor,
+    boxes: Sequence[Box],
+    batch_size: int,
+    tta_axes: tuple[int, ...],
+    precision: str,
+) -> None:
+    """Add the logits of every window of `image` (C, X, Y, Z) to the sums; where CUDA runs out of memory, use less."""
+    device, done = image.device, 0
     while done < len(boxes):
         batch = boxes[done : done + batch_size]
         try:
-            windows = torch.stack([padded[(slice(None), *box)] for box in batch])  # (B, C, *patch)
+            windows = torch.stack([image[(slice(None), *box)] for box in batch])  # (B, C, *patch)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device, precision)):
-                logits = _mirrored_mean(model, windows, tuple(tta_axes))  # (B, K, *patch)
+                logits = _mirrored_mean(model, windows, tta_axes)  # (B, K, *patch)
             sums.add(logits, batch)
             done += len(batch)
         except torch.OutOfMemoryError as error:
@@ -87,12 +101,11 @@ def sliding_window(
             elif sums.on_gpu:
                 sums.move("cpu")
             else:
-                size = " x ".join(map(str, patch))
+                size = " x ".join(str(side.stop - side.start) for side in boxes[0])
                 raise ValueError(
-                    f"one window of {size} voxels does not fit into the memory of {device}; "
-                    "accepted: --precision bf16, --device cpu"
+                    f"one window of {size} voxels does not fit into the memory of {device}; take `precision` bf16, or "
+                    "the CPU as `device`"
                 ) from error
-    return sums.mean()[(slice(None), *inside)]
 
 
 def predict_case(
@@ -114,7 +127,7 @@ def predict_case(
 
 
 def window_starts(length: int, patch: int, overlap: float, placement: str = "even") -> list[int]:
-    """First voxels of the windows along one axis of at least `patch` voxels; they cover it, the last ends with it."""
+    """First voxels of the windows along one axis of at least `patch` voxels; the windows cover it, none leaves it."""
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap is {overlap}; accepted: a fraction in [0, 1)")
     if placement not in PLACEMENTS:
@@ -150,16 +163,16 @@ def window_weight(patch: Sequence[int], blend: str = "gaussian") -> torch.Tensor
 
 
 def default_batch_size(patch: Sequence[int], device: torch.device) -> int:
-    """Windows per call: 1 to 8, as many as have 128^3 voxels together on the CPU, 4 x 128^3 on CUDA.
+    """Windows per call: 1 to 8, as many as together have 128^3 voxels on the CPU, 4 x 128^3 on CUDA.
 
-    Single small windows would be slow: PyTorch's fast CPU convolution is taken from a batch of 2 or some size on.
+    Single small windows would be slow: PyTorch uses its fast CPU convolution only for a batch of 2, or large windows.
     """
     voxels = 128**3 * (4 if device.type == "cuda" else 1)
     return min(8, max(1, voxels // math.prod(patch)))
 
 
 class _Sums:
-    """Weighted sums of logits and of weights over windows; allocated when the number of classes is known."""
+    """Weighted sums of logits, and sums of weights, over windows; allocated once the number of classes is known."""
 
     def __init__(self, shape: Sequence[int], weight: torch.Tensor, device: torch.device | str | None) -> None:
         self._shape, self._weight, self._device = tuple(shape), weight, device
@@ -174,7 +187,7 @@ class _Sums:
         if self._logits is None:
             self._allocate(logits)
         logits = logits.to(self._logits.device, torch.float32)
-        for window, box in zip(logits, boxes, strict=True):  # in place, nothing is allocated from here on
+        for window, box in zip(logits, boxes, strict=True):  # in place: nothing is allocated from here on
             self._logits[(slice(None), *box)].addcmul_(window, self._weight)
             self._weights[box].add_(self._weight)
 
@@ -198,7 +211,7 @@ class _Sums:
                 device = "cpu"
         try:
             sums = torch.zeros(shape, device=device), torch.zeros(self._shape, device=device)
-        except torch.OutOfMemoryError:  # another process took the memory in between
+        except torch.OutOfMemoryError:  # another process took the memory in the meantime
             device = "cpu"
             sums = torch.zeros(shape), torch.zeros(self._shape)
         self._logits, self._weights = sums
@@ -225,7 +238,7 @@ def _logits(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 
 
 def _pad(image: torch.Tensor, patch: Sequence[int]) -> tuple[torch.Tensor, Box]:
-    """Pad centrally with 0 to at least the patch, and where the image lies in the result."""
+    """The image padded with 0 on both sides to at least the patch, and the box of the image in the result."""
     missing = [max(0, p - n) for n, p in zip(image.shape[1:], patch, strict=True)]
     before = [m // 2 for m in missing]
     inside = tuple(slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True))
@@ -274,7 +287,33 @@ def restore_labels(logits: torch.Tensor, properties: dict) -> np.ndarray:
     inside = whole[tuple(slice(start, stop) for start, stop in properties["crop_box"])]
     for planes, labels in _argmax_slabs(logits, properties["cropped_shape"]):
         inside[planes] = labels
-    return np.ascontiguousarray(restore(whole, np.asarray(properties["ras_ornt"], int)))
+    return np.ascontiguousarray(to_stored_axes(whole, np.asarray(properties["ras_ornt"], int)))
+
+
+def undo_label_map(labels: np.ndarray, label_map: Mapping[int, int]) -> np.ndarray:
+    """Class numbers to the values that the label files hold: the inverse of the label map of preprocessing.
+
+    The map of a store names every old value of a class that others were mapped to ({2: 1, 1: 1}), so a class with one
+    old value has no other. A class of several old values, and the background, keep their number; where that number
+    means another class in the label files, a class of several old values takes the smallest of them.
+
+    Args:
+        labels: class numbers, any shape.
+        label_map: old value -> class.
+
+    Returns:
+        The values, uint8 (uint16 above 255); `labels` itself where no value changes.
+    """
+    classes = list(label_map.values())
+    value_of = {}
+    for old, new in sorted(label_map.items(), reverse=True):
+        if old >= 0 and new != 0 and (classes.count(new) == 1 or label_map.get(new, new) != new):
+            value_of[new] = old
+    if not value_of:
+        return labels
+    table = np.arange(max(int(labels.max(initial=0)), *value_of) + 1)
+    table[list(value_of)] = list(value_of.values())
+    return table.astype(np.uint8 if table.max() <= 255 else np.uint16)[labels]
 
 
 def argmax_labels(logits: torch.Tensor) -> np.ndarray:

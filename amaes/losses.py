@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from amaes.choices import RECONSTRUCTION_MEANS
+
 
 def reconstruction_loss(
     prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None, over: str = "all"
@@ -32,9 +34,6 @@ def reconstruction_loss(
     hidden = mask.to(error.dtype)
     total = (error * hidden).sum()
     return total / (error.numel() if over == "masked-parity" else hidden.sum() * error.shape[1])
-
-
-RECONSTRUCTION_MEANS = ("all", "masked", "masked-parity")
 
 
 def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 from amaes import rng
@@ -53,6 +56,26 @@ def hide_tokens(noise: torch.Tensor, mask_ratio: float) -> torch.Tensor:
     keep = int(noise.shape[1] * (1 - mask_ratio))
     rank = noise.argsort(dim=1, stable=True).argsort(dim=1)
     return rank >= keep
+
+
+def check_mask_ratio(patch_size: Sequence[int], token_size: int, mask_ratio: float, loss_over: str = "all") -> None:
+    """Refuse a mask that hides every token, or none where only hidden voxels count.
+
+    Args:
+        patch_size: (X, Y, Z), voxels, multiples of `token_size`.
+        token_size, mask_ratio: see `token_mask`.
+        loss_over: voxels of the loss, see `amaes.losses.reconstruction_loss`.
+
+    Raises:
+        ValueError: see above.
+    """
+    tokens = math.prod(side // token_size for side in patch_size)
+    kept = int(tokens * (1 - mask_ratio))
+    if kept == 0 or (kept == tokens and loss_over != "all"):
+        raise ValueError(
+            f"`mask_ratio` {mask_ratio}: keeps {kept} of {tokens} tokens of {token_size} voxels; at least one must be "
+            "kept, and with `loss_over` masked at least one hidden"
+        )
 
 
 def apply_mask(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,8 @@ Each metric is written for a `Pair` (one class of both maps) and called with two
     both empty           NaN (empty="one": 1)                NaN
     only one is empty    0                                   diagonal of the image
 
-So a missed structure always costs: it never becomes a NaN that a mean would skip. Ratios with a meaning of their own
-stay NaN where their denominator is 0: sensitivity of an empty reference, precision of an empty prediction, a volume
-difference in % of nothing.
+So a missed structure always costs: it never becomes a NaN that a mean would leave out. Ratios to the reference are NaN
+where the reference is empty: the recall of no lesions, a volume difference in % of nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy import ndimage
-from scipy.spatial import cKDTree
+import scipy  # loads scipy.ndimage and scipy.spatial when they are used: --help needs neither
+
+from amaes.choices import EMPTY
 
 NAN = float("nan")
-EMPTY = ("nan", "one")
-METRICS: dict[str, Callable[[Pair], float]] = {}
-OVERLAP_METRICS = ("dice", "jaccard", "sensitivity", "precision", "volume_similarity")  # need the counts alone
+DEFAULT_METRICS = ("dice", "hd95", "surface_dice", "volume_difference")
+METRICS: dict[str, Callable[[Pair], float]] = {}  # filled by `metric`
+OVERLAP_METRICS = ("dice",)  # they need the counts of voxels alone
 _ALL_NEIGHBOURS = np.ones((3, 3, 3), bool)  # lesions are 26-connected
 _SPARSE = 20  # voxels of the box per surface voxel, above which a k-d tree beats a distance transform
 _ROUNDING = 1e-5  # mm, of distances: affines are stored in float32, which makes 1 mm 1.00000002 mm
@@ -84,26 +84,28 @@ class Pair(Counts):
         if prediction.size > _SPARSE * (np.count_nonzero(prediction) + np.count_nonzero(reference)):
             a, b = np.argwhere(prediction) * self.spacing, np.argwhere(reference) * self.spacing
             return _nearest(a, b), _nearest(b, a)
-        to_reference = ndimage.distance_transform_edt(~reference, sampling=self.spacing)[prediction]
-        to_prediction = ndimage.distance_transform_edt(~prediction, sampling=self.spacing)[reference]
+        to_reference = scipy.ndimage.distance_transform_edt(~reference, sampling=self.spacing)[prediction]
+        to_prediction = scipy.ndimage.distance_transform_edt(~prediction, sampling=self.spacing)[reference]
         return to_reference, to_prediction
 
     @functools.cached_property
     def lesions(self) -> tuple[int, int, int]:
-        """Reference lesions touched by the prediction, untouched ones, predicted lesions that touch no reference."""
-        references, n_references = ndimage.label(self.reference, _ALL_NEIGHBOURS)
-        predictions, n_predictions = ndimage.label(self.prediction, _ALL_NEIGHBOURS)
-        found = np.count_nonzero(np.unique(references[self.prediction]))
-        correct = np.count_nonzero(np.unique(predictions[self.reference]))
-        return found, n_references - found, n_predictions - correct
+        """Numbers of reference lesions that the prediction touches, of those it misses, and of predicted lesions that
+        touch no reference."""
+        references, n_references = scipy.ndimage.label(self.reference, _ALL_NEIGHBOURS)
+        predictions, n_predictions = scipy.ndimage.label(self.prediction, _ALL_NEIGHBOURS)
+        n_touched = np.count_nonzero(np.unique(references[self.prediction]))
+        n_correct = np.count_nonzero(np.unique(predictions[self.reference]))
+        return n_touched, n_references - n_touched, n_predictions - n_correct
 
     @functools.cached_property
     def n_lesions(self) -> tuple[int, int]:
-        """Lesions of the prediction and of the reference."""
-        return tuple(ndimage.label(mask, _ALL_NEIGHBOURS)[1] for mask in (self.prediction, self.reference))
+        """Numbers of lesions of the prediction and of the reference."""
+        return tuple(scipy.ndimage.label(mask, _ALL_NEIGHBOURS)[1] for mask in (self.prediction, self.reference))
 
     @property
     def voxel_ml(self) -> float:
+        """Volume of a voxel, ml."""
         return float(np.prod(self.spacing)) / 1000
 
 
@@ -123,31 +125,6 @@ def metric(function: Callable[[Pair], float]) -> Callable[..., float]:
 def dice(pair: Counts) -> float:
     """2 TP / (2 TP + FP + FN) on voxel counts."""
     return _ratio(2 * pair.tp, 2 * pair.tp + pair.fp + pair.fn, pair.both_empty)
-
-
-@metric
-def jaccard(pair: Counts) -> float:
-    """TP / (TP + FP + FN)."""
-    return _ratio(pair.tp, pair.tp + pair.fp + pair.fn, pair.both_empty)
-
-
-@metric
-def sensitivity(pair: Counts) -> float:
-    """TP / (TP + FN); NaN when the reference is empty."""
-    return _ratio(pair.tp, pair.n_reference)
-
-
-@metric
-def precision(pair: Counts) -> float:
-    """TP / (TP + FP); NaN when the prediction is empty."""
-    return _ratio(pair.tp, pair.n_prediction)
-
-
-@metric
-def volume_similarity(pair: Counts) -> float:
-    """1 - |FN - FP| / (2 TP + FP + FN)."""
-    total = 2 * pair.tp + pair.fp + pair.fn
-    return _ratio(total - abs(pair.fn - pair.fp), total, pair.both_empty)
 
 
 @metric
@@ -174,19 +151,8 @@ def hd95(pair: Pair) -> float:
 
 
 @metric
-def assd(pair: Pair) -> float:
-    """Average symmetric surface distance: mean of the two directed mean distances, mm; empty masks as in `hd95`.
-
-    The published definition has NaN where one mask is empty; a mean that skips it would improve with every miss.
-    """
-    if pair.status != "ok":
-        return _distance_when_empty(pair)
-    return float(np.mean([distances.mean() for distances in pair.distances]))
-
-
-@metric
 def surface_dice(pair: Pair) -> float:
-    """Share of both surfaces that lies within tau mm of the other (normalised surface Dice, Nikolov et al. 2018)."""
+    """Share of both surfaces within tau mm of the other one (normalised surface Dice, Nikolov et al. 2018)."""
     if pair.status != "ok":
         return pair.both_empty if pair.status == "both_empty" else 0.0
     distances = np.concatenate(pair.distances)
@@ -200,22 +166,15 @@ def lesion_f1(pair: Pair) -> float:
     TP: lesions of the reference that the prediction touches by at least one voxel; FN: the others;
     FP: predicted lesions that touch no reference.
     """
-    found, missed, false = pair.lesions
-    return _ratio(2 * found, 2 * found + missed + false, pair.both_empty)
+    n_touched, n_missed, n_false = pair.lesions
+    return _ratio(2 * n_touched, 2 * n_touched + n_missed + n_false, pair.both_empty)
 
 
 @metric
 def lesion_recall(pair: Pair) -> float:
     """TP / (TP + FN) over lesions as in `lesion_f1`; NaN when the reference has none."""
-    found, missed, _ = pair.lesions
-    return _ratio(found, found + missed)
-
-
-@metric
-def lesion_precision(pair: Pair) -> float:
-    """TP / (TP + FP) over lesions as in `lesion_f1`; NaN when the prediction has none."""
-    found, _, false = pair.lesions
-    return _ratio(found, found + false)
+    n_touched, n_missed, _ = pair.lesions
+    return _ratio(n_touched, n_touched + n_missed)
 
 
 @metric
@@ -230,7 +189,7 @@ def measure_case(
     reference: np.ndarray,
     num_classes: int,
     spacing: Sequence[float],
-    metrics: Iterable[str] = ("dice", "hd95", "surface_dice", "volume_difference"),
+    metrics: Iterable[str] = DEFAULT_METRICS,
     empty: str = "nan",
     regions: Mapping[str, Sequence[int]] | None = None,
     tau: float = 1.0,
@@ -289,8 +248,8 @@ def confusion_matrix(prediction: np.ndarray, reference: np.ndarray, num_classes:
         pair = [np.asarray(labels[start : start + planes]) for labels in (prediction, reference)]
         for name, labels in zip(("prediction", "reference"), pair, strict=True):
             if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
-                found = sorted(set(np.unique(labels).tolist()) - set(range(num_classes)))
-                raise ValueError(f"the {name} has labels {found}; accepted: 0 to {num_classes - 1}")
+                unknown = sorted(set(np.unique(labels).tolist()) - set(range(num_classes)))
+                raise ValueError(f"the {name} has labels {unknown}; accepted: 0 to {num_classes - 1}")
         index = pair[1].astype(np.intp)
         index *= num_classes
         index += pair[0]
@@ -302,8 +261,8 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     """Smallest box around the True voxels; empty slices when there is none."""
     box = []
     for axis in range(mask.ndim):
-        found = np.flatnonzero(mask.any(tuple(i for i in range(mask.ndim) if i != axis)))
-        box.append(slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0, 0))
+        planes = np.flatnonzero(mask.any(tuple(i for i in range(mask.ndim) if i != axis)))  # that hold a True voxel
+        box.append(slice(int(planes[0]), int(planes[-1]) + 1) if planes.size else slice(0, 0))
     return tuple(box)
 
 
@@ -317,21 +276,25 @@ def _ratio(numerator: float, denominator: float, when_zero: float = NAN) -> floa
 
 
 def _distance_when_empty(pair: Pair) -> float:
+    """The value of a distance where a mask is empty: see the table at the top."""
     return NAN if pair.status == "both_empty" else pair.diagonal
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:
-    return mask & ~ndimage.binary_erosion(mask)  # outside the box counts as background
+    return mask & ~scipy.ndimage.binary_erosion(mask)  # outside the box counts as background
 
 
 def _nearest(points: np.ndarray, others: np.ndarray) -> np.ndarray:
-    return cKDTree(others, balanced_tree=False, compact_nodes=False).query(points)[0]  # fastest on grid points
+    """Distance from each point to the nearest of the others: (N, 3), (M, 3) -> (N,)."""
+    tree = scipy.spatial.cKDTree(others, balanced_tree=False, compact_nodes=False)  # fastest for points of a grid
+    return tree.query(points)[0]
 
 
 def _boxes(prediction: np.ndarray, reference: np.ndarray, num_classes: int) -> list[list[tuple[slice, ...]]]:
     """Per class, background included, the boxes around its voxels in both maps; all classes in one pass over each."""
-    found = [ndimage.find_objects(np.asarray(labels), max_label=num_classes - 1) for labels in (prediction, reference)]
-    return [[], *([box for box in both if box is not None] for both in zip(*found, strict=True))]
+    maps = np.asarray(prediction), np.asarray(reference)
+    of_maps = [scipy.ndimage.find_objects(labels, max_label=num_classes - 1) for labels in maps]  # None: no voxel
+    return [[], *([box for box in both if box is not None] for both in zip(*of_maps, strict=True))]
 
 
 def _joint_box(boxes: list[list[tuple[slice, ...]]]) -> tuple[slice, ...]:

@@ -1,6 +1,8 @@
 """Segment NIfTI files with a fine-tuned checkpoint, which brings everything else: preprocessing, channels, patch size.
 
-python -m amaes.predict --weights CKPT --images FILE|DIR --out DIR
+    python -m amaes.predict --weights CKPT --images FILE|DIR --out DIR
+
+Begin with `predict_file`; `cases_to_predict` says which files are one case; the command line is at the end.
 """
 
 from __future__ import annotations
@@ -9,22 +11,19 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from torch import nn
+from amaes import cli
+from amaes.evaluation.command_line import add_inference_options, failure_message
+from amaes.preprocess.collection import Collection, Item
+from amaes.preprocess.file_names import channel_prefix, stem_of
+from amaes.preprocess.find_cases import NoSuchChannels, collect
 
-from amaes import checkpoint, cli
-from amaes.distributed import pick_device
-from amaes.hardware import PRECISIONS
-from amaes.inference import predict_case
-from amaes.preprocess.case import preprocess_case
-from amaes.preprocess.config import Config
-from amaes.preprocess.find_cases import Collection, Item, NoSuchChannels, channel_prefix, collect, stem_of
-from amaes.preprocess.nifti import RejectedInput, write_like
-
-MIRROR_AXES = (0, 1, 2)  # --tta: 8 mirrorings
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
 
 
 def predict_file(
@@ -34,7 +33,6 @@ def predict_file(
     *,
     channels: Sequence[str] | None = None,
     restore_values: bool = False,
-    lap: Callable[[str], None] = lambda stage: None,
     **options,
 ) -> tuple[np.ndarray, dict]:
     """Segment one case.
@@ -48,8 +46,8 @@ def predict_file(
         paths: one file per channel (None = missing, where the checkpoint's preprocessing allows that), or one 4-D file
             that holds them all.
         channels: names of the files or volumes, in their order (default: those of the checkpoint).
-        restore_values: give the values of the label files that were trained on (`file_values`), not class numbers.
-        lap: called with "read" and "network" when that stage ends.
+        restore_values: give the values of the label files that were trained on (`amaes.inference.undo_label_map`), not
+            class numbers.
         options: of `amaes.inference.sliding_window`.
 
     Returns:
@@ -60,6 +58,11 @@ def predict_file(
         RejectedInput: a file cannot be used; its code says why.
         ValueError: another number of files than the checkpoint has channels, or other names.
     """
+    from amaes.inference import predict_case, undo_label_map  # here, as they need torch, and --help does not
+    from amaes.preprocess.case import preprocess_case
+    from amaes.preprocess.config import Config
+    from amaes.preprocess.nifti import RejectedInput
+
     wanted, config = meta["channels"], Config.from_dict(meta["preprocess"])
     order = channel_order(wanted if channels is None else channels, wanted)
     if len(paths) not in (1, len(wanted)):
@@ -72,52 +75,33 @@ def predict_file(
         if error.code == "bad_ndim" and len(paths) < len(wanted):  # not a 4-D file with all channels
             raise ValueError(f"{error.path.name}: {_channel_mismatch(wanted, 1)}") from error
         raise
-    lap("read")
     labels = predict_case(model, case.image, case.properties, meta["patch_size"], **options)
-    lap("network")
-    return file_values(labels, config.label_map) if restore_values else labels, case.properties
+    return undo_label_map(labels, config.label_map) if restore_values else labels, case.properties
 
 
-def file_values(labels: np.ndarray, label_map: Mapping[int, int]) -> np.ndarray:
-    """Class numbers to the values that label files hold: undoes `label_map` (old value -> class).
+def channel_order(given: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """For each wanted channel, its place among the given ones.
 
-    The map of a store names every old value of a class that others were mapped onto ({2: 1, 1: 1}), so a class with one
-    old value has no other. A class of several, and the background, keep their number; where that number stands for
-    another class in the label files, a class of several takes its smallest old value.
-    """
-    classes = list(label_map.values())
-    back = {}
-    for old, new in sorted(label_map.items(), reverse=True):
-        if old >= 0 and new != 0 and (classes.count(new) == 1 or label_map.get(new, new) != new):
-            back[new] = old
-    if not back:
-        return labels
-    table = np.arange(max(int(labels.max(initial=0)), *back) + 1)
-    table[list(back)] = list(back.values())
-    return table.astype(np.uint8 if table.max() <= 255 else np.uint16)[labels]
-
-
-def channel_order(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    """For each wanted channel, where it is among the found ones; by name in any case, generic names keep their order.
+    Names are compared without regard to capitals. Generic names (image, channel_0) keep their order.
 
     Raises:
         ValueError: another number, or other names.
     """
-    if len(found) != len(wanted):
-        raise ValueError(_channel_mismatch(wanted, len(found)))
-    here, there = ([name.lower() for name in names] for names in (found, wanted))
-    if here == there or _is_generic(here) or _is_generic(there):
+    if len(given) != len(wanted):
+        raise ValueError(_channel_mismatch(wanted, len(given)))
+    given_names, wanted_names = ([name.lower() for name in names] for names in (given, wanted))
+    if given_names == wanted_names or _are_generic(given_names) or _are_generic(wanted_names):
         return list(range(len(wanted)))
-    if sorted(here) != sorted(there) or len(set(here)) != len(here):
+    if sorted(given_names) != sorted(wanted_names) or len(set(given_names)) != len(given_names):
         raise ValueError(
-            f"the checkpoint has the channels {', '.join(wanted)}, dataset.json declares {', '.join(found)}; "
+            f"the checkpoint has the channels {', '.join(wanted)}, dataset.json declares {', '.join(given)}; "
             "files given one by one are taken in the checkpoint's order"
         )
-    return [here.index(name) for name in there]
+    return [given_names.index(name) for name in wanted_names]
 
 
-def find_cases(images: Sequence[Path], channels: Sequence[str], missing_channel: str = "error") -> Collection:
-    """The cases among what --images names.
+def cases_to_predict(images: Sequence[Path], channels: Sequence[str], missing_channel: str = "error") -> Collection:
+    """Which of the given files make which case.
 
     Args:
         images: one folder; or files, the channels of one case where the checkpoint has several, else a case each.
@@ -132,21 +116,21 @@ def find_cases(images: Sequence[Path], channels: Sequence[str], missing_channel:
             checkpoint, or two cases with one name.
     """
     if missing := [path for path in images if not path.exists()]:
-        raise FileNotFoundError(f"--images {missing[0]}: no such file or folder")
+        raise FileNotFoundError(f"`images` {missing[0]}: no such file or folder")
     if len(images) == 1 and images[0].is_dir():
         return _in_folder(images[0], channels, missing_channel)
     if folders := [path for path in images if path.is_dir()]:
-        raise ValueError(f"--images: {folders[0]} is a folder; accepted: one folder, or files")
+        raise ValueError(f"`images`: {folders[0]} is a folder; accepted: one folder, or files")
     if len(channels) > 1:
         if len(images) not in (1, len(channels)):
             raise ValueError(_channel_mismatch(channels, len(images)))
         return Collection([_of_files(images, channels)], list(channels))
     items = [Item(stem_of(path.name), (path,)) for path in images]
-    taken = {item.id: item for item in items}
+    item_of = {item.id: item for item in items}
     for item in items:
-        if taken[item.id] is not item:
+        if item_of[item.id] is not item:
             raise ValueError(
-                f"--images: {taken[item.id].files[0]} and {item.files[0]} would both become {item.id}.nii.gz"
+                f"`images`: {item_of[item.id].files[0]} and {item.files[0]} would both become {item.id}.nii.gz"
             )
     return Collection(items, list(channels))
 
@@ -164,10 +148,10 @@ def _in_folder(folder: Path, channels: Sequence[str], missing_channel: str) -> C
 
 
 def _of_files(images: Sequence[Path], channels: Sequence[str]) -> Item:
-    """One case of files: in the order of the channels where all are named after them, else as given.
+    """The case that some files make: in the order of the channels where all are named after them, else as given.
 
-    Its id is what the names share, or the name of their folder: T1.nii.gz and FLAIR.nii.gz of two patients differ there
-    alone.
+    Its id is what the names share, or else the name of their folder: T1.nii.gz and FLAIR.nii.gz of two patients differ
+    only in their folder.
     """
     stems = [stem_of(path.name) for path in images]
     if len(images) == 1:
@@ -177,60 +161,29 @@ def _of_files(images: Sequence[Path], channels: Sequence[str]) -> Item:
     if all(named):
         order = [name for name, _ in named]
         if len(set(order)) < len(order):
-            raise ValueError(f"--images: two files are called {max(order, key=order.count)}; expected one per channel")
+            raise ValueError(f"`images`: two files are called {max(order, key=order.count)}; expected one per channel")
         return Item(named[0][1] or folder, tuple(images[order.index(name)] for name in channels))
     starts = [stems[0][: cut.start()] for cut in re.finditer("[_-]", stems[0]) if cut.start()]
     shared = [start for start in starts if all(re.match(re.escape(start) + "[_-]", stem) for stem in stems)]
     return Item(shared[-1] if shared else folder, tuple(images))
 
 
-def _is_generic(names: Sequence[str]) -> bool:
-    """Names that preprocessing gives where none are known."""
+def _are_generic(names: Sequence[str]) -> bool:
+    """Whether these are the names that preprocessing gives where none are known."""
     return all(re.fullmatch(r"image|channel_\d+", name) for name in names)
 
 
-def _channel_mismatch(channels: Sequence[str], found: int) -> str:
+def _channel_mismatch(channels: Sequence[str], count: int) -> str:
     plural = "" if len(channels) == 1 else "s"
-    return f"the checkpoint expects {len(channels)} channel{plural} ({', '.join(channels)}), got {found}"
+    return f"the checkpoint expects {len(channels)} channel{plural} ({', '.join(channels)}), got {count}"
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
 
 
-def add_inference_options(parser: argparse._ActionsContainer) -> None:
-    """Options of the sliding window, the same for every script that predicts."""
-    parser.add_argument(
-        "--tta", action="store_true", help="average over the 8 mirrorings of every window: 8 times the time"
-    )
-    parser.add_argument("--overlap", type=cli.fraction, default=0.5, help="share of a window that neighbours overlap")
-    parser.add_argument(
-        "--batch-size",
-        type=cli.positive_int,
-        help="windows per call of the network (default: 1 to 8, by patch size and device)",
-    )
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU"
-    )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="auto: bf16 autocast on CUDA, fp32 on the CPU"
-    )
-
-
-def inference_options(args: argparse.Namespace) -> dict:
-    """The arguments of `sliding_window` that `add_inference_options` asked for."""
-    tta_axes = MIRROR_AXES if args.tta else ()
-    return {"overlap": args.overlap, "tta_axes": tta_axes, "batch_size": args.batch_size, "precision": args.precision}
-
-
-def reason(error: Exception) -> str:
-    """One line on why a case failed; the kind of error is named where its message may not speak for itself."""
-    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-    return kind + " ".join(str(error).split())
-
-
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = cli.Parser(prog="python -m amaes.predict", description="Segment NIfTI files with a fine-tuned checkpoint.")
+    parser = cli.Parser(description="Segment NIfTI files with a fine-tuned checkpoint.")
     parser.add_argument("--weights", type=Path, required=True, metavar="CKPT", help="checkpoint of train_finetune.py")
     parser.add_argument(
         "--images",
@@ -251,47 +204,32 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--restore-labels",
         action="store_true",
-        help="write the values of the label files trained on: --label-map of preprocessing undone, except for classes "
-        "that several values were mapped to",
+        help="write the values of the label files that were trained on, not class numbers: undoes --label-map of "
+        "preprocessing, except for classes that several values were mapped to",
     )
     add_inference_options(parser)
     return parser.parse_args(argv)
 
 
-class Laps:
-    """Seconds per stage of one case."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def __call__(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = now - self._last
-        self._last = now
-
-    def __str__(self) -> str:
-        return ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(args: argparse.Namespace) -> int:
     """Predict every case that is found, list those that fail; the exit status."""
-    args = parse_options(argv)
+    from amaes import checkpoint
+    from amaes.distributed import pick_device
+    from amaes.inference import MIRROR_AXES
+    from amaes.preprocess.nifti import write_like
+
     model, meta = checkpoint.load_segmenter(args.weights, pick_device(args.device))
-    collection = find_cases(args.images, meta["channels"], meta["preprocess"].get("missing_channel", "error"))
-    targets = {item.id: args.out / f"{item.id}.nii.gz" for item in collection.items}
-    inputs = {Path(file).resolve(): file for item in collection.items for file in item.files}
-    if clash := [inputs[path.resolve()] for path in targets.values() if path.resolve() in inputs]:
-        raise ValueError(f"--out {args.out}: {clash[0]} is an input and would be replaced; take another folder")
+    collection = cases_to_predict(args.images, meta["channels"], meta["preprocess"].get("missing_channel", "error"))
+    outputs = _output_files(collection, args.out)
     for note in collection.notes:
-        sys.stderr.write(f"note: {note}\n")
+        sys.stderr.write(f"note: {cli.as_options(note)}\n")
     if args.tta:
         sys.stderr.write("--tta: every window is predicted in 8 mirrorings, 8 times the time\n")
 
     failed = {str(path): "not used, no channel of the checkpoint" for path in collection.unused}
     done = 0
     for item in collection.items:
-        laps = Laps()
+        began = time.perf_counter()
         try:
             if item.problem is not None:
                 raise ValueError(item.problem[1])
@@ -301,32 +239,51 @@ def main(argv: list[str] | None = None) -> int:
                 item.images,
                 channels=collection.channels,
                 restore_values=args.restore_labels,
-                lap=laps,
-                **inference_options(args),
+                overlap=args.overlap,
+                tta_axes=MIRROR_AXES if args.tta else (),
+                batch_size=args.batch_size,
+                precision=args.precision,
             )
-            write_like(targets[item.id], labels, properties)
-            laps("write")
+            write_like(outputs[item.id], labels, properties)
         except Exception as error:  # whatever one case does, the others go on
             if sys.flags.dev_mode:
                 raise
-            failed[item.id] = reason(error)
+            failed[item.id] = failure_message(error)
             continue
         done += 1
         for warning in properties["warnings"]:
-            sys.stderr.write(f"{item.id}: {warning}\n")
-        sys.stdout.write(f"{targets[item.id]}: {' x '.join(map(str, labels.shape))} voxels; {laps}\n")
+            sys.stderr.write(f"{item.id}: {cli.as_options(warning)}\n")
+        shape, seconds = " x ".join(map(str, labels.shape)), time.perf_counter() - began
+        sys.stdout.write(f"{outputs[item.id]}: {shape} voxels, {seconds:.1f} s\n")
         sys.stdout.flush()
+    return _report_failures(collection, failed, done)
 
+
+def _output_files(collection: Collection, folder: Path) -> dict[str, Path]:
+    """{id: the file to write} of every case; refused where one would replace an input."""
+    outputs = {item.id: folder / f"{item.id}.nii.gz" for item in collection.items}
+    inputs = {Path(file).resolve(): file for item in collection.items for file in item.files}
+    for path in outputs.values():
+        if path.resolve() in inputs:
+            raise ValueError(
+                f"--out {folder}: {inputs[path.resolve()]} is an input and would be replaced; take another folder"
+            )
+    return outputs
+
+
+def _report_failures(collection: Collection, failed: Mapping[str, str], done: int) -> int:
+    """List what was not predicted; the exit status. A ValueError where nothing was."""
+    total = len(collection.items)
     if not done:
-        name, message = next((name, text) for name, text in failed.items() if name not in map(str, collection.unused))
-        total = len(collection.items)
+        unused = set(map(str, collection.unused))
+        name, message = next((name, message) for name, message in failed.items() if name not in unused)
         raise ValueError(message if total == 1 else f"none of {total} cases; the first, {name}: {message}")
     for name, message in failed.items():
         sys.stderr.write(f"not predicted: {name}: {message}\n")
     if failed:
-        sys.stderr.write(f"{done} of {len(collection.items)} cases predicted\n")
+        sys.stderr.write(f"{done} of {total} cases predicted\n")
     return cli.EXIT_REJECTED if failed else cli.EXIT_OK
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, parse_options())

@@ -79,8 +79,9 @@ class Family:
     Attributes:
         name: for messages.
         marks: patterns, each of which some key must match.
-        rules: from its names to ours; names that none of them touches are no weights of ours.
-        variant: what its shapes do not tell (`encoder.variant`); None where the file may be of any kind.
+        rules: from its names to ours; a name that none of them changes is no weight of ours.
+        variant: options of the encoder that do not show in the shapes (`encoder.variant`); None: files of this kind
+            do not tell.
     """
 
     name: str
@@ -89,22 +90,22 @@ class Family:
     variant: Mapping[str, str | None] = field(default_factory=dict)
 
 
-_LEGACY, _EITHER = {"merging": "legacy"}, {"merging": None}
+_LEGACY, _UNKNOWN_MERGING = {"merging": "legacy"}, {"merging": None}
 FAMILIES = (
     Family("our own names", (r"^encoder\.stages\.0\.", r"^decoder\.heads\.0\."), (), {"merging": None, "grn": None}),
     Family("AMAES U-Net", (r"^encoder\.in_conv\.", r"^encoder\.encoder_conv4\."), _UNET),
     Family("AMAES MedNeXt", (r"^encoder\.stem\.", r"^encoder\.enc_block_0\."), _UNET + _MEDNEXT),
     Family("MedNeXt v1 or v2", (r"^stem\.", r"^enc_block_0\."), _MEDNEXT),
     Family("MONAI MedNeXt", (r"^stem\.", r"^enc_stages\.0\."), _MONAI_MEDNEXT),
-    Family("MONAI SwinUNETR", (r"^swinViT\.layers1\.", r"^encoder10\."), _SWIN, _EITHER),
-    Family("MONAI's self-supervised Swin", (r"^swinViT\.layers1\.", r"^rotation_head\."), _SWIN, _EITHER),
+    Family("MONAI SwinUNETR", (r"^swinViT\.layers1\.", r"^encoder10\."), _SWIN, _UNKNOWN_MERGING),
+    Family("MONAI's self-supervised Swin", (r"^swinViT\.layers1\.", r"^rotation_head\."), _SWIN, _UNKNOWN_MERGING),
     Family("model_swinvit.pt", (r"^(swinViT\.|swin_vit\.)?layers1\.0\.blocks\.0\.mlp\.fc1\.",), _SWIN, _LEGACY),
-    Family("MONAI Swin", (r"^(swinViT\.|swin_vit\.)?layers1\.0\.blocks\.0\.mlp\.linear1\.",), _SWIN, _EITHER),
+    Family("MONAI Swin", (r"^(swinViT\.|swin_vit\.)?layers1\.0\.blocks\.0\.mlp\.linear1\.",), _SWIN, _UNKNOWN_MERGING),
     Family("disruptive autoencoder (Swin)", (r"^encoder\.patch_embed\.proj\.", r"^encoder\.layers1\."), _SWIN, _LEGACY),
 )
 
-# Networks that are none of ours, named so that the message can say so.
-_FOREIGN = {
+# Networks that this library does not have, and a pattern of their keys, so that the message can name them.
+_OTHER_NETWORKS = {
     "a residual encoder U-Net (nnU-Net, nnssl)": r"^(encoder\.)?(stem\.convs|stages\.\d+\.blocks)\.\d+\.",
     "a plain U-Net of nnU-Net": r"^(encoder\.stages\.\d+\.0\.convs|conv_blocks_context)\.",
     "a vision transformer (Primus, ViT)": r"(^|\.)(pos_embed|cls_token|eva)\b",
@@ -117,9 +118,9 @@ class Imported:
 
     Attributes:
         tensors: name -> tensor.
-        family: where they come from, for messages.
+        family: name of the kind of file they come from, for messages.
         variant: see `Family`.
-        dropped: names in the file that are no weights: placeholders and tables that follow from the shapes.
+        dropped: names in the file that are no weights: placeholders, and tables that follow from the shapes.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -137,35 +138,41 @@ def convert(content: Mapping, where: object) -> Imported:
         where: the file, for messages.
 
     Raises:
-        ValueError: no tensors; names of no known family; or names that become the same.
+        ValueError: no tensors; names of no known family; two names that become the same; or a table of relative
+            positions for another window.
     """
     for outer in ("state_dict", "network_weights", "model"):
         if isinstance(content.get(outer), Mapping):
             content = content[outer]
-    given = {k: value for k, value in content.items() if isinstance(k, str) and isinstance(value, torch.Tensor)}
-    if not given:
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    if not tensors:
         raise ValueError(f"{where}: holds no tensors; entries: {', '.join(map(str, list(content)[:5]))}")
-    plain: dict[str, torch.Tensor] = {}
-    for key, value in given.items():
-        _add(plain, _WRAPPERS.sub("", key), value, key, where)
-    family = recognise(plain)
+    unwrapped: dict[str, torch.Tensor] = {}
+    for key, value in tensors.items():
+        _add(unwrapped, _WRAPPERS.sub("", key), value, key, where)
+    family = recognise(unwrapped)
     if family is None:
-        foreign = next((name for name, mark in _FOREIGN.items() if _any(mark, plain)), None)
-        what = f"{foreign}, no architecture of this library" if foreign else "names of no file that is known here"
-        known = ", ".join(f.name for f in FAMILIES)
-        raise ValueError(f"{where}: {what} ({', '.join(list(plain)[:2])}, ...); accepted: our checkpoints, {known}")
-    found = Imported({}, family.name, family.variant)
-    for key, value in plain.items():
+        raise ValueError(f"{where}: {_describe_unknown(unwrapped)}")
+    imported = Imported({}, family.name, family.variant)
+    for key, value in unwrapped.items():
         if key == "dummy_tensor" or key.endswith(".relative_position_index"):
-            _check_derived(key, value, where)
-            found.dropped.append(key)
+            _check_positions(key, value, where)
+            imported.dropped.append(key)
             continue
-        _add(found.tensors, rename(key, family.rules), value, key, where)
-    return found
+        _add(imported.tensors, rename(key, family.rules), value, key, where)
+    return imported
+
+
+def _describe_unknown(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    network = next((name for name, mark in _OTHER_NETWORKS.items() if _any(mark, keys)), None)
+    what = f"{network}, no architecture of this library" if network else "names of no file that is known here"
+    known = ", ".join(family.name for family in FAMILIES)
+    return f"{what} ({', '.join(keys[:2])}, ...); accepted: our checkpoints, {known}"
 
 
 def recognise(keys: Iterable[str]) -> Family | None:
-    """The family whose marks are all among `keys`, without wrappers' prefixes; None where there is none."""
+    """The first family whose marks all match some of `keys` (without prefixes of wrappers); None if there is none."""
     keys = list(keys)
     return next((family for family in FAMILIES if all(_any(mark, keys) for mark in family.marks)), None)
 
@@ -178,16 +185,18 @@ def rename(key: str, rules: Rules) -> str:
 
 
 def _add(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor, key: str, where: object) -> None:
+    """Enter the tensor `key` of a file under `name`."""
     if name in tensors:
         raise ValueError(f"{where}: two tensors would both become {name}; the second is {key}")
     tensors[name] = value
 
 
 def _any(pattern: str, keys: Iterable[str]) -> bool:
+    """Whether the pattern matches some key."""
     return any(re.search(pattern, key) for key in keys)
 
 
-def _check_derived(key: str, value: torch.Tensor, where: object) -> None:
-    """The table of relative positions follows from the window; refuse the file if it holds another one."""
+def _check_positions(key: str, value: torch.Tensor, where: object) -> None:
+    """Refuse a table of relative positions for another window; ours follows from the window."""
     if key != "dummy_tensor" and not torch.equal(value.long(), position_index(WINDOW)):
         raise ValueError(f"{where}: {key} is not that of windows of {WINDOW[0]} tokens, the only ones accepted")

@@ -4,8 +4,8 @@
 
 The NumPy version does the published steps in the published order for the same draws: cubic interpolation of every
 patch, elastic noise filtered at full resolution, 3-D Fourier transforms. Times on the CPU are seconds of processor time
-of one thread, so that other programs on the machine count little. Peak memory is how far the resident set of the
-process (VmHWM, reset before) rises above its start during the timed calls, one patch at a time, input not counted.
+of one thread, so that other programs on the machine count little. Peak memory is the rise of the resident set of the
+process (VmHWM, reset before) during the timed calls, one patch at a time, input not counted.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ import torch
 from scipy import ndimage
 
 from amaes.augment import Draws, PretrainAugment
-from amaes.augment.draws import INTENSITY
-from amaes.augment.intensity import kept_voxels
+from amaes.augment.options import INTENSITY
 from amaes.augment.spatial import coordinate_matrices
 from amaes.cli import Parser, positive_int, run
 from amaes.files import write_json
@@ -97,10 +96,8 @@ def ringing(x, rng, lines, axis):
 
 
 def coarse(x, rng, lengths):
-    kept = [kept_voxels(side, length) for side, length in zip(x.shape, lengths, strict=True)]
-    small = x[np.ix_(*kept)]
-    zoom = [side / length for side, length in zip(x.shape, lengths, strict=True)]
-    return clip(ndimage.zoom(small, zoom, order=3, mode="nearest", grid_mode=True), small)
+    small = ndimage.zoom(x, lengths / np.array(x.shape), order=0, mode="nearest", grid_mode=True)
+    return clip(ndimage.zoom(small, np.array(x.shape) / lengths, order=3, mode="nearest", grid_mode=True), small)
 
 
 def biased(x, rng, centre):
@@ -142,7 +139,7 @@ def mean_seconds(augment: PretrainAugment, window: torch.Tensor, count: int) -> 
 
 
 def resident(field: str, reset_peak: bool = False) -> float | None:
-    """Resident memory now (VmRSS) or at its peak (VmHWM), MB; None where Linux does not tell."""
+    """Resident memory now (VmRSS) or at its peak (VmHWM), MB; None on systems other than Linux."""
     try:
         if reset_peak:
             Path("/proc/self/clear_refs").write_text("5")
@@ -153,7 +150,7 @@ def resident(field: str, reset_peak: bool = False) -> float | None:
 
 
 def per_transform(augment: PretrainAugment, window: torch.Tensor, repeats: int) -> list[dict]:
-    """What each transform adds (ms, median of several draws), how often it is on, its share of the sum.
+    """What each transform adds (ms, median of several draws), the rate at which it is on, its share of the sum.
 
     Rotation, scaling and elastic deformation are one resampling, so they are two rows: the affine one, and the elastic
     one with whatever rotation and scaling it has.

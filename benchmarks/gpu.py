@@ -3,12 +3,12 @@
     python benchmarks/gpu.py [--json gpu.json] [--only pretraining loop] [--profile]
     python benchmarks/gpu.py --quick --device cpu
 
-A row is one measurement. Every section has its share of --seconds; rows that come after it is used up are recorded as
+A row is one measurement. Every section has its share of --seconds. Rows that come after it is used up are recorded as
 not measured, those that do not fit into the GPU's memory as "out of memory". --quick measures tiny networks on tiny
-patches: it shows that the script works, and nothing else; on the CPU, --only objectives --patch-size 64 --repeats 1 is
-of use. The step is that of train_pretrain.py: augmentation, masking,
-forward and backward pass in bf16 autocast, optimizer; "plain" is the published form of the network (train_step.py,
-models.py). Memory is the peak on a GPU, what autograd keeps on the CPU.
+patches: it shows that the script works, and nothing else. On the CPU, --only objectives --patch-size 64 --repeats 1
+gives numbers of use. The step is that of train_pretrain.py: augmentation, masking, forward and backward pass in bf16
+autocast, optimizer; "plain" is the published form of the network (train_step.py, models.py). Memory is the peak on a
+GPU, and what autograd keeps on the CPU.
 """
 
 from __future__ import annotations
@@ -30,21 +30,18 @@ from torch import nn
 from train_step import device_name, write_store
 
 from amaes import cli, hardware
-from amaes.augment import PretrainAugment
 from amaes.data.loader import loader
-from amaes.data.order import Batches
+from amaes.data.order import Batches, Share
 from amaes.data.patches import Patches
 from amaes.data.store import Store
 from amaes.files import write_json
 from amaes.inference import sliding_window
-from amaes.models import build_autoencoder, build_segmenter, build_swin_ssl
+from amaes.models import build_network, build_segmenter
 from amaes.models.ops import up_conv
-from amaes.objectives.masked import MaskedReconstruction
-from amaes.objectives.objective import Objective
-from amaes.objectives.swin import SwinSelfSupervision
+from amaes.objectives import OBJECTIVES
 from amaes.training.benchmark import seconds_per_step, training_flop
+from amaes.training.checks import check_patch_size
 from amaes.training.optim import build_optimizer
-from amaes.training.options import check_patch_size
 from amaes.training.run_folder import commit, versions
 
 MODES = ("compiled", "eager")
@@ -97,21 +94,14 @@ def _short(value: object) -> str:
 # Pretraining ----------------------------------------------------------------------------------------------------------
 
 
-OBJECTIVES: dict[str, Callable[[tuple], Objective]] = {
-    "amaes": lambda patch: MaskedReconstruction(PretrainAugment(patch), 4, 0.6, "all"),
-    "swin": SwinSelfSupervision,
-}
-BUILDS = {"amaes": build_autoencoder, "swin": build_swin_ssl}
-
-
 class Pretraining:
     """What train_pretrain.py does in a step, on a batch of random windows."""
 
     def __init__(
         self, section: Section, arch: str, batch: int, layout: str, mode: str, objective: str = "amaes"
     ) -> None:
-        self.device, self.autocast, self.build = section.device, section.autocast, partial(BUILDS[objective], arch)
-        self.objective = OBJECTIVES[objective](section.args.patch_size)
+        self.device, self.autocast, self.arch = section.device, section.autocast, arch
+        self.objective = OBJECTIVES[objective](section.args.patch_size, seed=0, augment="all", augment_options={})
         torch.manual_seed(0)
         network = self.build()
         network = plain_copy(network) if mode == "plain" else network
@@ -123,6 +113,10 @@ class Pretraining:
         image = image.pin_memory() if self.device.type == "cuda" else image
         cases = list(range(batch))
         self.batches = ({"image": image, "epoch": [epoch] * batch, "case": cases} for epoch in itertools.count())
+
+    def build(self) -> nn.Module:
+        """A new network."""
+        return build_network(self.objective.task, {"arch": self.arch, **self.objective.build})
 
     def prepare(self, batch: dict) -> tuple:
         """Augmented and masked inputs, and their targets."""
@@ -199,9 +193,8 @@ def _loop_row(section: Section, arch: str, batch: int, workers: int) -> dict:
         write_store(Path(folder), count=2 * batch, side=int(1.2 * max(run.shape[2:])))
         store = Store(folder)
         patches = Patches(store, run.shape[2:], run.objective.window_size, crop="window")
-        batches = loader(
-            patches, Batches(range(len(store.cases)), batch, 0, 0, 20), workers, section.device.type == "cuda"
-        )
+        order = Batches(range(len(store.cases)), Share(batch), seed=0, start=0, stop=20)
+        batches = loader(patches, order, workers, pin_memory=section.device.type == "cuda")
         times = run.times(section, batches)
         batches.close()  # ends the workers before the folder goes
     whole = times["data"]
@@ -292,7 +285,7 @@ def parse_options() -> argparse.Namespace:
     add("--patch-size", type=cli.positive_int, metavar="N", help="cube (default: 128; with --quick 64 x 32 x 32)")
     add("--repeats", type=cli.positive_int, help="steps that are timed (default: 12; with --quick 1)")
     add("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to measure")
-    add("--seconds", type=cli.positive_int, default=300, help="for all sections; a row that has begun is finished")
+    add("--seconds", type=cli.positive_int, default=300, help="for all sections; a row that has begun runs to its end")
     add("--profile", action="store_true", help="table of operators for each pretraining row")
     add("--json", type=Path, metavar="FILE", default=Path("gpu.json"), help="where the numbers go")
     args = parser.parse_args()
@@ -313,7 +306,7 @@ def main() -> int:
     if args.device == "cuda":
         result["gb"] = torch.cuda.get_device_properties(device).total_memory / 1e9
     print(f"{result['device']}, torch {torch.__version__}, bf16 autocast{', QUICK' if args.quick else ''}")
-    for line in hardware.complaints(device):
+    for line in hardware.known_defects(device):
         print(line)
     result["sections"] = {}
     for name in args.only:

@@ -1,10 +1,11 @@
-"""Sliding-window inference: ours, a plain loop and MONAI where it is installed; same network, windows and weights.
+"""Sliding-window inference: ours, a plain loop, and MONAI's where MONAI is installed; same network and windows.
 
     python benchmarks/inference.py
 
-Each run is a process of its own, and they take turns; the fastest of each counts. Budget: at most MONAI's time for a
-182 x 218 x 182 scan at equal overlap and weights. The network is small, so that what surrounds it shows; with a real
-one the ratios come closer to 1. CPU seconds are those of all threads, less disturbed by other programs than the clock.
+Every run is a process of its own. The programs take turns, and the fastest run of each counts. Budget: at most MONAI's
+time for a 182 x 218 x 182 scan at equal overlap and weights. The network is small, so that the time spent around it
+shows; with a real network the ratios are closer to 1. CPU seconds are the sum over all threads; other programs on the
+machine disturb them less than the seconds on the clock.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from amaes import cli
+from amaes.choices import DEVICES
 from amaes.distributed import pick_device
+from amaes.hardware import peak_gb
 from amaes.inference import sliding_window, window_starts, window_weight
-from amaes.training.progress import peak_gb
 
 
 def parse_options() -> argparse.Namespace:
@@ -39,7 +41,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--overlap", type=cli.fraction, default=0.5, help="of neighbouring windows")
     parser.add_argument("--batch-size", type=cli.positive_int, default=1, help="windows per call, ours and MONAI's")
     parser.add_argument("--repeat", type=cli.positive_int, default=3, help="runs of each")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: CUDA where there is a GPU")
     parser.add_argument("--threads", type=cli.positive_int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--only", choices=list(VARIANTS), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -59,7 +61,7 @@ def ours(network: nn.Module, image: torch.Tensor, args: argparse.Namespace) -> t
 
 @torch.inference_mode()
 def plain(network: nn.Module, image: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    """What one writes first: window by window, weights kept for every class, a division into new memory."""
+    """The simple way: window by window, weights kept for every class, a division into new memory."""
     weight = window_weight(args.patch_size).to(image.device)
     total = torch.zeros(args.classes, *image.shape[1:], device=image.device)
     weights = torch.zeros_like(total)
@@ -83,8 +85,8 @@ def monai(network: nn.Module, image: torch.Tensor, args: argparse.Namespace) -> 
 VARIANTS = {"ours": ours, "plain": plain, "monai": monai}
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Seconds, memory above that of network and image in GB, and a few of the results to compare."""
+def measure_variant(args: argparse.Namespace) -> dict:
+    """Seconds, CPU seconds, memory beyond that of network and image (GB), and some of the logits to compare."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = pick_device(args.device)
@@ -92,7 +94,7 @@ def measure(args: argparse.Namespace) -> dict:
     network = nn.Sequential(first, nn.ReLU(), nn.Conv3d(args.features, args.classes, 1)).to(device).eval()
     image = torch.rand(1, *args.shape, device=device)
     with torch.inference_mode():
-        network(image[(None, slice(None), *(slice(0, p) for p in args.patch_size))])  # warm
+        network(image[(None, slice(None), *(slice(0, p) for p in args.patch_size))])  # warm up
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if device.type == "cpu" else 0.0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -110,7 +112,7 @@ def main() -> int:
     args = parse_options()
     args.device = pick_device(args.device).type
     if args.only:
-        print(json.dumps(measure(args)))
+        print(json.dumps(measure_variant(args)))
         return cli.EXIT_OK
     names = [name for name in VARIANTS if name != "monai" or importlib.util.find_spec("monai")]
     runs = {name: [] for name in names}

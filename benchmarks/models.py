@@ -79,11 +79,11 @@ class PlainAttention(nn.Module):
         self.heads, self.qkv, self.proj, self.bias = attention.heads, attention.qkv, attention.proj, attention.bias
         self.register_buffer("index", attention.index, persistent=False)
 
-    def forward(self, x: torch.Tensor, apart: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         count, n, channels = x.shape
         q, k, v = self.qkv(x).view(count, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + self.bias[self.index[:n, :n]].permute(2, 0, 1)
-        logits = logits if apart is None else logits + apart
+        logits = logits if mask is None else logits + mask
         return self.proj((logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(count, n, channels))
 
 

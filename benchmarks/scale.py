@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py [--cases 100 1000 10000 50000 --json FILE]
 
-The stores are synthetic: files that hold a header and a hole, so that 50,000 volumes take no disk. Every store is
-measured in a process of its own; steps read patches and do nothing with them, from files that are in memory already.
+The stores are synthetic: each file holds a header and a hole, so that 50,000 volumes take no disk. Every store is
+measured in a process of its own. A step reads patches, from files that are in memory already, and does nothing else.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ import numpy as np
 
 from amaes import cli
 from amaes.data.loader import loader
-from amaes.data.order import Batches
+from amaes.data.order import Batches, Share
 from amaes.data.patches import Patches
 from amaes.data.splits import pretrain_split, saved_split
 from amaes.data.store import Store
 from amaes.files import write_json
+from amaes.preprocess.config import STORE_FORMAT
 from amaes.training.run_folder import commit, versions
 
 SHAPE, PATCH, BATCH, STEPS = (160, 192, 160), (64, 64, 64), 8, 60
-MOST_SECONDS, MOST_MB = 5.0, 200.0  # of the largest store: until the first batch, and beyond what the imports take
+MAX_SECONDS, MAX_MB = 5.0, 200.0  # of the largest store: to the first batch, and in addition to what the imports take
 
 
 def main() -> int:
+    """Measure every store and print a table; the exit status."""
     parser = cli.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=cli.positive_int, nargs="+", default=[100, 1000, 10000, 50000], metavar="N")
     parser.add_argument("--store", type=Path, help="measure this store in this process, and print JSON alone")
@@ -54,14 +56,14 @@ def main() -> int:
             f"{row['worker_mb']:10.0f} {row['step_ms']['0']:23.1f} {row['step_ms']['2']:10.1f}"
         )
     last = rows[-1]
-    kept = last["first_batch_s"] <= MOST_SECONDS and last["memory_mb"] <= MOST_MB
+    within = last["first_batch_s"] <= MAX_SECONDS and last["memory_mb"] <= MAX_MB
     ratio = last["step_ms"]["0"] / rows[0]["step_ms"]["0"]
     print(
-        f"{'within' if kept else 'BEYOND'} the budget of {MOST_SECONDS:g} s and {MOST_MB:g} MB at {last['cases']} "
+        f"{'within' if within else 'BEYOND'} the budget of {MAX_SECONDS:g} s and {MAX_MB:g} MB at {last['cases']} "
         f"cases; a step takes {ratio:.2f} times what it takes with {rows[0]['cases']}"
     )
     if args.json:
-        write_json(args.json, {"versions": versions(), "commit": commit(), "rows": rows, "within_budget": kept})
+        write_json(args.json, {"versions": versions(), "commit": commit(), "rows": rows, "within_budget": within})
     return cli.EXIT_OK
 
 
@@ -80,7 +82,7 @@ def write_store(folder: Path, count: int) -> None:
         with (folder / "cases" / f"{id}.npy").open("wb") as file:
             file.write(header.getvalue())
             file.truncate(size)
-    content = {"format": "amaes-store-1", "config": {"normalization": "unit", "spacing": [1.0, 1.0, 1.0]}}
+    content = {"format": STORE_FORMAT, "config": {"normalization": "unit", "spacing": [1.0, 1.0, 1.0]}}
     content |= {"config_hash": "0" * 16, "channels": ["T1w"], "labels": {}, "cases": cases}
     write_json(folder / "dataset.json", content)
 
@@ -91,8 +93,8 @@ def measure(folder: Path) -> dict:
     store = Store(folder)
     split = saved_split(store, "benchmark", lambda: pretrain_split(store))
     train = [store.index(id) for id in split["train"]]
-    patches = Patches(store, PATCH)
-    next(loader(patches, Batches(train, BATCH, 0, 0, STEPS), 0, pin_memory=False))
+    patches, batches = Patches(store, PATCH), Batches(train, Share(BATCH), seed=0, start=0, stop=STEPS)
+    next(loader(patches, batches, 0, pin_memory=False))
     row = {
         "cases": len(store.cases),
         "index_mb": (folder / "dataset.json").stat().st_size / 1e6,
@@ -100,13 +102,13 @@ def measure(folder: Path) -> dict:
         "memory_mb": megabytes("self", "VmHWM") - before,  # the peak
         "step_ms": {},
     }
-    for _ in loader(patches, Batches(train, BATCH, 0, 0, STEPS), 0, pin_memory=False):
+    for _ in loader(patches, batches, 0, pin_memory=False):
         pass  # brings the files into memory
     for workers in (0, 2):
-        batches = loader(patches, Batches(train, BATCH, 0, 0, STEPS), workers, pin_memory=False)
-        next(batches)
+        arriving = loader(patches, batches, workers, pin_memory=False)
+        next(arriving)
         began = time.perf_counter()
-        for step, _ in enumerate(batches, start=2):
+        for step, _ in enumerate(arriving, start=2):
             if step == STEPS // 2 and workers:
                 processes = multiprocessing.active_children()
                 row["worker_mb"] = max(private_megabytes(process.pid) for process in processes)
@@ -121,7 +123,7 @@ def megabytes(process: object, field: str) -> float:
 
 
 def private_megabytes(process: int) -> float:
-    """Memory that a process shares with no other: what a worker takes beside its parent's."""
+    """Memory that a process shares with no other: what a worker takes in addition to its parent's."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return sum(float(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("Private_"))
 

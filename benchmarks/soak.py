@@ -1,4 +1,4 @@
-"""Does a long run leak, and does a run that is killed again and again end with the right weights?
+"""Two checks of long runs: memory does not grow, and a run that is killed many times ends with the right weights.
 
     python benchmarks/soak.py [--steps 500] [--kills 30]
 
@@ -94,7 +94,7 @@ def memory(store: Path, folder: Path, steps: int) -> dict:
 
 
 def _step(run: Path) -> int:
-    """The last step that metrics.jsonl tells of."""
+    """The last step in metrics.jsonl."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     steps = [int(line.split('"step": ')[1].split(",")[0]) for line in lines if '"step": ' in line and '"loss"' in line]
@@ -131,7 +131,7 @@ def kills(store: Path, folder: Path, args: argparse.Namespace) -> dict:
     steps, chance = args.killed_steps, random.Random(args.seed)
     _ranks(store, folder / "undisturbed", steps).wait()
     expected = _weights(folder / "undisturbed")
-    count, runs, lost, different, alone = 0, 0, 0, 0, 0
+    count, runs, lost, different, of_one_rank = 0, 0, 0, 0, 0
     while count < args.kills:
         out, newest = folder / f"killed{runs}", 0
         runs += 1
@@ -141,7 +141,7 @@ def kills(store: Path, folder: Path, args: argparse.Namespace) -> dict:
                 process.wait(chance.uniform(4, 16) if count < args.kills else None)
             except subprocess.TimeoutExpired:
                 count += 1
-                alone += _kill(process, one=chance.random() < 0.5)
+                of_one_rank += _kill(process, one=chance.random() < 0.5)
             else:
                 if process.returncode == 0:
                     break
@@ -151,7 +151,14 @@ def kills(store: Path, folder: Path, args: argparse.Namespace) -> dict:
             lost += step < newest
             newest = max(newest, step)
         different += not _equal(_weights(out), expected)
-    return {"kills": count, "of_one_rank": alone, "runs": runs, "steps": steps, "lost": lost, "different": different}
+    return {
+        "kills": count,
+        "of_one_rank": of_one_rank,
+        "runs": runs,
+        "steps": steps,
+        "lost": lost,
+        "different": different,
+    }
 
 
 def _ranks(store: Path, out: Path, steps: int) -> subprocess.Popen:
@@ -166,7 +173,7 @@ def _ranks(store: Path, out: Path, steps: int) -> subprocess.Popen:
 
 
 def _kill(process: subprocess.Popen, one: bool) -> bool:
-    """SIGKILL to one rank, where there are ranks yet, or to all at once; whether it was one. Ends with none left."""
+    """Kill one rank, if there are ranks already, or all at once; returns whether it was one. No process is left."""
     ranks = [pid for pid in _below(process.pid) if "train_pretrain.py" in _line(pid)]
     if one and ranks:
         os.kill(ranks[0], signal.SIGKILL)

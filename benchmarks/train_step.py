@@ -28,7 +28,7 @@ from amaes.files import write_json
 from amaes.losses import reconstruction_loss
 from amaes.mask import apply_mask, token_mask
 from amaes.models import build_autoencoder
-from amaes.models.unet import WIDTHS
+from amaes.models.build import UNETS
 from amaes.training.optim import build_optimizer
 from amaes.training.run_folder import commit, versions
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 
 def main() -> int:
     parser = cli.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", choices=list(WIDTHS), help="U-Net (default: unet_xl on CUDA, unet_tiny on the CPU)")
+    parser.add_argument("--arch", choices=list(UNETS), help="U-Net (default: unet_xl on CUDA, unet_tiny on the CPU)")
     parser.add_argument("--patch-size", type=cli.positive_int, help="cube (default: 128 on CUDA, 64 on the CPU)")
     parser.add_argument("--batch-size", type=cli.positive_int, help="(default: 8 on CUDA, 2 on the CPU)")
     parser.add_argument("--steps", type=cli.positive_int, help="of the whole loop (default: 60 on CUDA, 6 on the CPU)")

@@ -30,9 +30,9 @@ def run(script, *options, ranks=1, status=0):
 
 
 def weights(run_folder):
-    found, _, complaints = checkpoint.latest(Path(run_folder) / "checkpoints")
-    assert not complaints
-    return found["step"], found["model"]
+    content, _, damaged = checkpoint.latest(Path(run_folder) / "checkpoints")
+    assert not damaged
+    return content["step"], content["model"]
 
 
 def assert_equal_weights(a, b):

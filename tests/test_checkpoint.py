@@ -43,11 +43,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     if damage == "flip":
         data[len(data) // 2] ^= 0xFF  # a byte of a tensor: torch.load alone does not notice
     path.write_bytes({"truncate": data[: len(data) // 2], "flip": data, "empty": b"", "text": b"hello"}[damage])
-    found, where, complaints = checkpoint.latest(tmp_path)
-    assert found["step"] == 1
-    assert where.name == "step-1.pt"
-    assert len(complaints) == 1
-    assert "step-2.pt: skipped" in complaints[0]
+    newest, path, skipped = checkpoint.latest(tmp_path)
+    assert newest["step"] == 1
+    assert path.name == "step-1.pt"
+    assert len(skipped) == 1
+    assert "step-2.pt: skipped" in skipped[0]
 
 
 def test_a_damaged_newer_checkpoint_and_leftovers_go_with_the_next_save(tmp_path):
@@ -65,8 +65,8 @@ def test_any_flipped_byte_is_survived(tmp_path):
     data = path.read_bytes()
     for at in range(0, len(data), 7):
         path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
-        found, _, _ = checkpoint.latest(tmp_path)
-        assert torch.equal(found["model"]["w"], torch.arange(4.0))
+        newest, _, _ = checkpoint.latest(tmp_path)
+        assert torch.equal(newest["model"]["w"], torch.arange(4.0))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_random_stem_is_left_alone(tmp_path):
     report = checkpoint.load_encoder(target, saved(tmp_path, build_autoencoder("unet_tiny")), stem="random")
     assert report.new == ["stages.0.0.conv.weight"]
     assert torch.equal(target.encoder.stages[0][0].conv.weight, before)
-    with pytest.raises(ValueError, match="stem 'first' is unknown; accepted: repeat, random"):
+    with pytest.raises(ValueError, match="`stem` 'first' is unknown; accepted: repeat, random"):
         checkpoint.load_encoder(target, tmp_path / "weights.pt", stem="first")
 
 
@@ -198,7 +198,7 @@ def test_another_architecture_is_refused_and_changes_nothing(tmp_path):
     target = build_segmenter("unet_tiny")
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     path = saved(tmp_path, build_autoencoder("unet_b"), "unet_b")
-    with pytest.raises(ValueError, match=r"gives 0\.0 % of the encoder's parameters \(0 of 40 tensors\).*--arch"):
+    with pytest.raises(ValueError, match=r"gives 0\.0 % of the encoder's parameters \(0 of 40 tensors\).*`arch`"):
         checkpoint.load_encoder(target, path, allow_partial=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
 
@@ -239,13 +239,13 @@ def test_part_of_an_encoder_needs_permission(tmp_path):
 @pytest.mark.parametrize("outer", [None, "state_dict", "model"])
 def test_published_names_are_recognised(tmp_path, prefix, outer):
     keys = published_keys()
-    own = build_autoencoder("unet_tiny").state_dict()
+    weights = build_autoencoder("unet_tiny").state_dict()
     shapes = {rename(key, recognise(keys).rules): key for key in keys}
-    assert set(shapes) == set(own)
-    state = {prefix + shapes[name]: tensor for name, tensor in own.items()}
+    assert set(shapes) == set(weights)
+    state = {prefix + shapes[name]: tensor for name, tensor in weights.items()}
     torch.save(state if outer is None else {outer: state, "epoch": 3}, tmp_path / "published.pth")
     loaded = checkpoint.import_weights(tmp_path / "published.pth")
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in own.items())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
     assert checkpoint.load_encoder(build_segmenter("unet_tiny"), tmp_path / "published.pth").coverage == 1.0
 
 

@@ -1,12 +1,14 @@
 """The demo: commands as a user types them, and what happens when one of them fails. The whole demo takes minutes."""
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from amaes import __main__ as main_module
 from amaes import demo
 
 ROOT = Path(demo.__file__).resolve().parent.parent
@@ -130,17 +132,32 @@ def test_a_good_run_shows_the_table_and_ends_with_the_commands(monkeypatch, capf
     assert out.index("Dice 0.5\n") > out.index("[2/2] evaluate")  # not overtaken by buffered output
 
 
-def test_without_the_scripts_it_says_where_to_start(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "SCRIPTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"train_pretrain\.py is not in .* the scripts of the repository"):
+def test_without_the_scripts_it_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(main_module, "PACKAGE", tmp_path / "amaes")
+    with pytest.raises(FileNotFoundError, match=r"train_pretrain\.py: not found; install the package again, or run it"):
         demo.main(["--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("own", "seen"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_sleep_unless_the_user_says_otherwise(monkeypatch, tmp_path, own, seen):
+def test_once_installed_the_commands_are_those_of_amaes(monkeypatch, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "amaes").touch()
+    monkeypatch.setattr(main_module, "PACKAGE", tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    started = [command[:2] for command in commands().values()]
+    names = ["phantom", "phantom", "preprocess", "preprocess", "pretrain", "finetune", "finetune", "evaluate"]
+    assert started == [[str(tmp_path / "amaes"), name] for name in names]
+    assert demo.printed(started[0]) == f"{tmp_path}/amaes phantom"
+    monkeypatch.setattr(shutil, "which", lambda name: str(tmp_path / name))
+    assert demo.printed(started[0]) == "amaes phantom"
+    (tmp_path / "amaes").unlink()
+    assert commands()["evaluate"][:4] == [str(tmp_path / "python"), "-m", "amaes", "evaluate"]
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_unless_the_user_says_otherwise(monkeypatch, tmp_path, given, seen):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if own:
-        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
     assert demo.run_step(python("import os; print(os.environ['OMP_WAIT_POLICY'])"), tmp_path / "log", False) == 0
     assert (tmp_path / "log").read_text() == f"{seen}\n"

@@ -1,3 +1,5 @@
+"""What the hardware allows: precision, compilation, known defects, memory."""
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ def test_precision():
     assert hardware.use_bf16(CPU, "bf16")
     assert hardware.use_bf16(torch.device("cuda"), "auto")
     assert not hardware.use_bf16(torch.device("cuda"), "fp32")
-    with pytest.raises(ValueError, match="precision 'fp16' is unknown; accepted: auto, bf16, fp32"):
+    with pytest.raises(ValueError, match="`precision` fp16 is unknown; accepted: auto, bf16, fp32"):
         hardware.use_bf16(CPU, "fp16")
 
 
@@ -22,8 +24,8 @@ def test_compile_auto_is_eager_on_the_cpu_and_says_why():
     wrap, why = hardware.compiler(CPU, "auto")
     network = torch.nn.Linear(1, 1)
     assert wrap(network) is network
-    assert why == "eager (--compile auto compiles on CUDA only)"
-    with pytest.raises(ValueError, match="compile 'yes' is unknown"):
+    assert why == "eager (auto compiles on CUDA only)"
+    with pytest.raises(ValueError, match="`compile` yes is unknown"):
         hardware.compiler(CPU, "yes")
 
 
@@ -32,12 +34,44 @@ def test_compile_falls_back_where_it_does_not_work(monkeypatch):
         raise RuntimeError("no Triton here\nmore")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(ValueError, match=r"--compile on: torch.compile does not work here \(no Triton here\)"):
+    with pytest.raises(ValueError, match=r"`compile` on: torch.compile does not work here \(no Triton here\)"):
         hardware.compiler(CPU, "on")
     monkeypatch.setattr(torch, "ones", lambda *args, **options: None)
     wrap, why = hardware.compiler(torch.device("cuda"), "auto")
     assert wrap(3) == 3
     assert why == "eager: torch.compile does not work here (no Triton here)"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cudnn", "said"),
+    [
+        ("2.9.0+cu128", 91002, "3 times the memory"),
+        ("2.9.0+cu128", 91500, "3 times the memory"),
+        ("2.9.1+cu128", 91002, "3 times the memory"),
+        ("2.8.0+cu126", 91002, "large 3D convolutions in bf16 may be wrong"),
+        ("2.11.0+cu130", 91400, "3 times the memory"),
+    ],
+)
+def test_versions_with_slow_or_wrong_convolutions_are_named_with_the_remedy(torch_version, cudnn, said):
+    (line,) = hardware.convolution_defects(torch_version, cudnn)
+    assert said in line
+    assert torch_version in line
+    assert "cuDNN 9.15 or newer" in line
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cudnn"),
+    [("2.9.1+cu128", 91500), ("2.8.0", 90701), ("2.8.0", 91300), ("2.13.0a0", 92000), ("2.13.0", None)],
+)
+def test_other_versions_are_not(torch_version, cudnn):
+    assert hardware.convolution_defects(torch_version, cudnn) == []
+
+
+def test_the_cpu_has_no_such_defects():
+    assert hardware.known_defects(CPU) == []
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 
 def test_saved_bytes_equal_what_autograd_keeps():
@@ -57,23 +91,21 @@ def test_saved_bytes_equal_what_autograd_keeps():
 
 
 def test_micro_batches_shrink_until_they_fit(monkeypatch):
-    def build():
-        return build_autoencoder("unet_tiny")
-
     with torch.device("meta"):
-        one = hardware.saved_bytes(build(), (1, 1, 32, 32, 32))
-    fixed = 20 * sum(p.numel() for p in build().parameters())
+        network = build_autoencoder("unet_tiny")
+        one = hardware.saved_bytes(network, (1, 1, 32, 32, 32))
+    fixed = 20 * sum(p.numel() for p in network.parameters())
 
     def fit(free, total=1e15, batch=12, ranks=ALONE):
         monkeypatch.setattr(hardware, "memory_of", lambda device, local_world: (total, free))
-        return hardware.fit_micro_batch(build, (32, 32, 32), batch, ranks, half=False)
+        return hardware.fit_micro_batch(network, (32, 32, 32), batch, ranks, bf16=False)
 
     assert fit(1e15) == 1
     assert fit(fixed + 1.3 * 6 * one) == 2
     assert fit(fixed + 1.3 * 4 * one) == 3
     assert fit(0) == 12
     assert fit(0, batch=12, ranks=Ranks(1, 4, 1, 4, CPU)) == 3
-    with pytest.raises(ValueError, match=r"--patch-size 32 32 32: one patch takes about .* GB, cpu has"):
+    with pytest.raises(ValueError, match=r"`patch_size` 32 32 32: one patch takes about .* GB, cpu has"):
         fit(0, total=fixed)
 
 
@@ -89,7 +121,7 @@ def test_devices(monkeypatch):
     assert pick_device("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == CPU
-    with pytest.raises(ValueError, match="--device cuda: no usable GPU found"):
+    with pytest.raises(ValueError, match="`device` cuda: no usable GPU found"):
         pick_device("cuda")
 
 
@@ -114,7 +146,7 @@ def host(monkeypatch, tmp_path):
     return pretend
 
 
-def test_batches_that_fit_into_shared_memory_are_no_complaint(host):
+def test_batches_that_fit_into_shared_memory_give_no_warning(host):
     host(shared=5 << 30, memory=1 << 40)
     assert hardware.check_shared_memory(2, 1 << 30) is None  # 2 workers x 2 batches + 1 in use = 5
     assert hardware.check_shared_memory(0, 1 << 40) is None
@@ -135,12 +167,12 @@ def test_too_little_shared_memory_names_the_size_to_ask_for(host, workers, batch
     host(shared=64 << 20, memory=1 << 40)  # what docker gives
     line = hardware.check_shared_memory(workers, batch, prefetch, ranks)
     assert f"docker run {flag} or --ipc=host" in line
-    assert f"{workers} --workers of {ranks} ranks" in line
+    assert f"{workers} `workers` of {ranks} ranks" in line
     assert "0.1 GB free" in line
     assert "\n" not in line
 
 
-def test_too_little_memory_behind_enough_shared_memory_is_told(host):
+def test_too_little_memory_behind_enough_shared_memory_gives_a_warning(host):
     host(shared=1 << 40, memory=4 << 30)
     assert "4.3 GB of memory are free" in hardware.check_shared_memory(2, 1 << 30)
 
@@ -150,4 +182,23 @@ def test_advice_says_what_is_free(host, monkeypatch):
     assert hardware.memory_advice().startswith("free now: 4.3 GB of memory and 0.1 GB of ")
     monkeypatch.setattr(hardware, "memory_of", lambda device, local_world=1: (None, None))
     monkeypatch.setattr(hardware, "free_shared_memory", lambda: None)
-    assert hardware.memory_advice().startswith("free now: unknown; what helps: --workers 0")
+    assert hardware.memory_advice().startswith("free now: unknown; what helps: fewer `workers` or 0")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 9 bytes")],
+)
+def test_running_out_of_memory_names_three_options_and_what_was_measured(error):
+    with (
+        pytest.raises(ValueError, match=r"out of memory on cpu: memory .* GB, .* GB of them free") as caught,
+        hardware.out_of_memory_explained(CPU, 4, (96, 128, 96)),
+    ):
+        raise error
+    for part in ("`accumulate` 8 (now 4)", "`checkpoint_activations`", "`patch_size` (now 96 128 96)"):
+        assert part in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes differ"), hardware.out_of_memory_explained(CPU, 1, (32, 32, 32)):
+        raise RuntimeError("shapes differ")

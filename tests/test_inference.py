@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from amaes import inference
-from amaes.inference import predict_case, restore_labels, sliding_window, window_boxes, window_starts, window_weight
+from amaes.inference import (
+    predict_case,
+    restore_labels,
+    sliding_window,
+    undo_label_map,
+    window_boxes,
+    window_starts,
+    window_weight,
+)
 
 PATCH = (8, 12, 10)
 IMAGE = torch.rand(2, 21, 17, 26, generator=torch.Generator().manual_seed(0))
@@ -307,6 +315,26 @@ def test_many_classes_need_sixteen_bits():
     labels = restore_labels(logits, properties((2, 3, 4), (0, 0, 0)))
     assert labels.dtype == np.uint16
     assert (labels == 299).all()
+
+
+@pytest.mark.parametrize(
+    ("label_map", "expected"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({4: 3}, [0, 1, 2, 4]),  # BraTS
+        ({2: 0}, [0, 1, 2, 3]),  # WMH: the other pathology became background
+        ({10: 1, 20: 2, 300: 3}, [0, 10, 20, 300]),
+        ({2: 1, 3: 1}, [0, 1, 2, 3]),  # several old values: no way back
+        ({1: 2, 2: 1}, [0, 2, 1, 3]),
+        ({2: 1, 1: 1}, [0, 1, 2, 3]),  # as the store of merged values says
+        ({2: 1, 3: 1, 1: 3}, [0, 2, 2, 1]),  # 1 would mean class 3
+    ],
+)
+def test_values_of_the_label_files_come_back(label_map, expected):
+    labels = np.arange(4, dtype=np.uint8).reshape(1, 2, 2)
+    back = undo_label_map(labels, label_map)
+    assert back.ravel().tolist() == expected
+    assert back.dtype == (np.uint16 if max(expected) > 255 else np.uint8)
 
 
 def test_sphere_survives_the_way_there_and_back():

@@ -6,7 +6,7 @@ import torch
 
 from amaes import rng
 from amaes.losses import reconstruction_loss
-from amaes.mask import apply_mask, hide_tokens, token_mask
+from amaes.mask import apply_mask, check_mask_ratio, hide_tokens, token_mask
 
 REFERENCE = {
     k: torch.from_numpy(np.asarray(v))
@@ -77,3 +77,12 @@ def test_masking_does_not_change_its_input():
     x = torch.ones(1, 1, 8, 12, 16)
     apply_mask(x, token_mask(x))
     assert x.min() == 1
+
+
+def test_masks_must_keep_and_hide_something():
+    check_mask_ratio((32, 32, 32), 4, 0.6, "all")
+    check_mask_ratio((32, 32, 32), 4, 0.0, "all")
+    with pytest.raises(ValueError, match="`mask_ratio` 0.9: keeps 0 of 8 tokens of 16 voxels"):
+        check_mask_ratio((32, 32, 32), 16, 0.9, "all")
+    with pytest.raises(ValueError, match="`mask_ratio` 0.0: keeps 512 of 512"):
+        check_mask_ratio((32, 32, 32), 4, 0.0, "masked")

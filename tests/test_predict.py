@@ -18,9 +18,9 @@ from torch import nn
 
 from amaes import checkpoint, predict
 from amaes.models import build_autoencoder, build_segmenter
-from amaes.predict import channel_order, file_values, find_cases, predict_file
+from amaes.predict import cases_to_predict, channel_order, predict_file
 from amaes.preprocess.config import Config
-from amaes.preprocess.nifti import restore, write_like
+from amaes.preprocess.nifti import to_stored_axes, write_like
 from tests.conftest import AFFINE, make_volume
 
 TURNS = [
@@ -84,7 +84,7 @@ def run(capsys, *options):
     from amaes import cli
 
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: predict.main([*map(str, options), "--device", "cpu"]))
+        cli.run(lambda: predict.main(predict.parse_options([*map(str, options), "--device", "cpu"])))
     out, err = capsys.readouterr()
     return stop.value.code, out, err
 
@@ -96,7 +96,7 @@ def turned_labels(tmp_path_factory):
 
     def predicted(ornt, matrix):
         ras = np.kron(make_volume((6, 7, 5)), np.ones((2, 2, 2), np.float32))
-        stored = restore(ras, ornt)
+        stored = to_stored_axes(ras, ornt)
         affine = matrix @ np.linalg.inv(nib.orientations.inv_ornt_aff(ornt, stored.shape))
         image = nib.Nifti1Image(stored, affine)
         nib.save(image, folder / "scan.nii.gz")
@@ -132,26 +132,6 @@ def test_labels_lie_where_the_intensities_are(nifti_file):
     assert np.array_equal(labels[~edges], expected[~edges])
 
 
-@pytest.mark.parametrize(
-    ("label_map", "expected"),
-    [
-        ({}, [0, 1, 2, 3]),
-        ({4: 3}, [0, 1, 2, 4]),  # BraTS
-        ({2: 0}, [0, 1, 2, 3]),  # WMH: the other pathology became background
-        ({10: 1, 20: 2, 300: 3}, [0, 10, 20, 300]),
-        ({2: 1, 3: 1}, [0, 1, 2, 3]),  # several old values: no way back
-        ({1: 2, 2: 1}, [0, 2, 1, 3]),
-        ({2: 1, 1: 1}, [0, 1, 2, 3]),  # as the store of merged values says
-        ({2: 1, 3: 1, 1: 3}, [0, 2, 2, 1]),  # 1 would mean class 3
-    ],
-)
-def test_values_of_the_label_files_come_back(label_map, expected):
-    labels = np.arange(4, dtype=np.uint8).reshape(1, 2, 2)
-    back = file_values(labels, label_map)
-    assert back.ravel().tolist() == expected
-    assert back.dtype == (np.uint16 if max(expected) > 255 else np.uint8)
-
-
 def test_mapped_values_are_written(nifti_file):
     config = Config(label_map={4: 2}).as_dict()
     arguments = Bands(), meta(preprocess=config), [nifti_file("a.nii.gz")]
@@ -166,7 +146,7 @@ def test_one_file(weights, nifti_file, tmp_path, capsys):
     scan = nifti_file("scans/p1.nii.gz", make_volume(SCAN))
     status, out, err = run(capsys, "--weights", weights, "--images", scan, "--out", tmp_path / "out")
     assert (status, err) == (0, "")
-    assert "22 x 26 x 18 voxels; read" in out
+    assert "22 x 26 x 18 voxels, " in out
     result = nib.load(tmp_path / "out" / "p1.nii.gz")
     assert result.shape == SCAN
     assert np.array_equal(result.affine, AFFINE)
@@ -241,14 +221,14 @@ def test_several_files_are_the_channels_of_one_case(two_channels, nifti_file, tm
     ],
 )
 def test_name_of_a_case_of_files(nifti_file, names, expected):
-    (item,) = find_cases([nifti_file(name) for name in names], ["T1", "FLAIR"]).items
+    (item,) = cases_to_predict([nifti_file(name) for name in names], ["T1", "FLAIR"]).items
     assert item.id == expected
 
 
 def test_two_files_of_one_channel_are_refused(nifti_file):
     with pytest.raises(ValueError, match="two files are called T1"):
-        find_cases([nifti_file(name) for name in ("a_T1.nii.gz", "b_t1.nii.gz")], ["T1", "FLAIR"])
-    assert find_cases([nifti_file("x.NII.GZ")], ["image"]).items[0].id == "x"
+        cases_to_predict([nifti_file(name) for name in ("a_T1.nii.gz", "b_t1.nii.gz")], ["T1", "FLAIR"])
+    assert cases_to_predict([nifti_file("x.NII.GZ")], ["image"]).items[0].id == "x"
 
 
 # Channels of a data set -----------------------------------------------------------------------------------------------
@@ -279,7 +259,7 @@ def test_declared_channels_are_put_into_the_order_of_the_checkpoint(kind, nifti_
             nifti_file(f"d/imagesTs/c_000{k}.nii.gz", volume)
     else:
         nifti_file("d/imagesTs/c.nii.gz", np.stack([flair, t1], axis=3))
-    found = find_cases([tmp_path / "d" / "imagesTs"], ["T1", "FLAIR"])
+    found = cases_to_predict([tmp_path / "d" / "imagesTs"], ["T1", "FLAIR"])
     assert found.channels == ["flair", "t1"]
     labels, _ = predict_file(Second(), meta(channels=["T1", "FLAIR"]), found.items[0].images, channels=found.channels)
     assert np.array_equal(labels, expected)
@@ -318,7 +298,7 @@ def test_a_data_set_needs_no_labels_and_its_training_list_is_not_looked_at(nifti
     nifti_file("d/labelsTr/c0.nii.gz")
     declare(tmp_path / "d", ["T1"], training=[{"image": "./imagesTr/c0_0000.nii.gz"}])
     for folder in ("d", "d/imagesTr"):
-        found = find_cases([tmp_path / folder], ["T1"])
+        found = cases_to_predict([tmp_path / folder], ["T1"])
         assert [item.id for item in found.items] == ["c0", "c1", "c2"]
         assert not any(item.problem for item in found.items)
 
@@ -329,15 +309,15 @@ def test_numbered_files_are_channels_where_the_checkpoint_has_as_many(nifti_file
     for k in range(4):
         nifti_file(f"{folder}/c_000{k}.nii.gz")
     names = [f"channel_{k}" for k in range(channels)] if channels > 1 else ["image"]
-    assert [item.id for item in find_cases([tmp_path / folder], names).items] == expected
+    assert [item.id for item in cases_to_predict([tmp_path / folder], names).items] == expected
 
 
 def test_one_channel_takes_every_name(nifti_file, tmp_path):
     for name in ("a_T1", "b_T1", "c"):
         nifti_file(f"s/{name}.nii.gz")
-    assert [item.id for item in find_cases([tmp_path / "s"], ["T1"]).items] == ["a_T1", "b_T1", "c"]
+    assert [item.id for item in cases_to_predict([tmp_path / "s"], ["T1"]).items] == ["a_T1", "b_T1", "c"]
     (tmp_path / "s" / "c.nii.gz").unlink()
-    assert [item.id for item in find_cases([tmp_path / "s"], ["T1"]).items] == ["a", "b"]
+    assert [item.id for item in cases_to_predict([tmp_path / "s"], ["T1"]).items] == ["a", "b"]
 
 
 def test_files_that_no_channel_takes_are_listed(two_channels, nifti_file, tmp_path, capsys):
@@ -353,7 +333,7 @@ def test_files_that_no_channel_takes_are_listed(two_channels, nifti_file, tmp_pa
 def test_what_lies_one_folder_up_is_not_declared(nifti_file, tmp_path):
     nifti_file("d/scans/a.nii.gz")
     declare(tmp_path / "d", ["T1", "T2"])
-    assert [item.id for item in find_cases([tmp_path / "d" / "scans"], ["T1"]).items] == ["a"]
+    assert [item.id for item in cases_to_predict([tmp_path / "d" / "scans"], ["T1"]).items] == ["a"]
 
 
 def test_missing_channels_are_filled_where_training_did(nifti_file, tmp_path, capsys):

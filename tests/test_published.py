@@ -41,25 +41,25 @@ def tensors(name, **more):
 def test_every_tensor_of_an_official_network_has_its_place(name, prefix):
     family, build = OFFICIAL[name]
     with torch.device("meta"):
-        own = build().state_dict()
+        state = build().state_dict()
     given = {prefix + key.removeprefix("model."): tensor for key, tensor in tensors(name).items()}
-    found = convert({"state_dict": given, "epoch": 3}, "file")
-    assert found.family == family
-    assert set(found.tensors) == set(own)
-    assert all(found.tensors[key].shape == own[key].shape for key in own)
-    assert len(found.tensors) + len(found.dropped) == len(given)
+    imported = convert({"state_dict": given, "epoch": 3}, "file")
+    assert imported.family == family
+    assert set(imported.tensors) == set(state)
+    assert all(imported.tensors[key].shape == state[key].shape for key in state)
+    assert len(imported.tensors) + len(imported.dropped) == len(given)
 
 
 @pytest.mark.parametrize(
     ("name", "merging", "heads"), [("released_model_swinvit", "legacy", 0), ("swin_ssl_head_48", None, 16)]
 )
 def test_self_supervised_swin_files_hold_the_whole_encoder(name, merging, heads):
-    found = convert({"state_dict": tensors(name)}, "file")
-    own = {f"encoder.{key}" for key in build_encoder("swin_unetr").state_dict()}
-    assert own <= set(found.tensors)
-    assert len(set(found.tensors) - own) == heads
-    assert found.variant == {"merging": merging}
-    assert len(found.dropped) == 8
+    imported = convert({"state_dict": tensors(name)}, "file")
+    encoder = {f"encoder.{key}" for key in build_encoder("swin_unetr").state_dict()}
+    assert encoder <= set(imported.tensors)
+    assert len(set(imported.tensors) - encoder) == heads
+    assert imported.variant == {"merging": merging}
+    assert len(imported.dropped) == 8
 
 
 def test_monai_mednext_names_become_ours():
@@ -74,17 +74,17 @@ def test_monai_mednext_names_become_ours():
         "out_0.conv_out.weight": "decoder.heads.0.weight",
     }
     content = {key: torch.zeros(1) for key in [*names, "enc_stages.0.0.conv1.weight"]}
-    found = convert(content, "file")
-    assert found.family == "MONAI MedNeXt"
-    assert set(names.values()) < set(found.tensors)
+    imported = convert(content, "file")
+    assert imported.family == "MONAI MedNeXt"
+    assert set(names.values()) < set(imported.tensors)
 
 
 def test_disruptive_autoencoder_names_become_ours():
     names = ["patch_embed.proj.weight", "layers2.0.0.blocks.1.mlp.linear1.weight", "layers1.0.0.downsample.norm.bias"]
     content = {"model": {f"module.encoder.{name}": torch.zeros(1) for name in names} | {"out.weight": torch.zeros(1)}}
-    found = convert(content, "file")
-    assert (found.family, found.variant) == ("disruptive autoencoder (Swin)", {"merging": "legacy"})
-    assert set(found.tensors) == {
+    imported = convert(content, "file")
+    assert (imported.family, imported.variant) == ("disruptive autoencoder (Swin)", {"merging": "legacy"})
+    assert set(imported.tensors) == {
         "encoder.patch_embed.weight",
         "encoder.stages.1.blocks.1.expand.weight",
         "encoder.stages.0.merge.norm.bias",
@@ -141,14 +141,16 @@ def swin_file(tmp_path, name, **more):
 
 def test_model_swinvit_loads_whole_and_asks_for_its_merging(tmp_path):
     path = swin_file(tmp_path, "released_model_swinvit")
-    with pytest.raises(ValueError, match="made with --merging legacy, the network has fixed; give --merging legacy"):
-        checkpoint.load_encoder(build_segmenter("swin_unetr"), path)
+    with torch.device("meta"):
+        other = build_segmenter("swin_unetr")
+    with pytest.raises(ValueError, match="made with `merging` legacy, the network has fixed; take `merging` legacy"):
+        checkpoint.load_encoder(other, path)
     network = build_segmenter("swin_unetr", in_channels=4, merging="legacy")
     report = checkpoint.load_encoder(network, path)
     assert (report.coverage, report.new, report.adapted, report.notes) == (1.0, [], ["patch_embed.weight"], [])
     expected = formula.value("module.layers4.0.downsample.reduction.weight", (768, 3072))
     assert torch.equal(network.encoder.stages[3].merge.reduction.weight, expected)
-    with pytest.raises(ValueError, match=r"does not hold the encoder of mednext_s; it fits --arch swin_unetr"):
+    with pytest.raises(ValueError, match=r"does not hold the encoder of mednext_s; it fits `arch` swin_unetr"):
         checkpoint.import_weights(path, "mednext_s")
     assert set(checkpoint.import_weights(path, "swin_unetr")) == {f"encoder.{k}" for k in network.encoder.state_dict()}
 
@@ -156,7 +158,7 @@ def test_model_swinvit_loads_whole_and_asks_for_its_merging(tmp_path):
 def test_a_file_that_does_not_tell_its_merging_is_loaded_with_a_note(tmp_path):
     report = checkpoint.load_encoder(build_segmenter("swin_unetr"), swin_file(tmp_path, "swin_ssl_head_48"))
     assert report.coverage == 1.0
-    assert report.notes == ["--merging fixed is assumed, the file does not tell"]
+    assert report.notes == ["`merging` fixed is assumed, the file does not tell"]
     assert len(report.ignored) == 16
     assert "MONAI's self-supervised Swin" in report.table()
 
@@ -185,7 +187,7 @@ def test_kernels_grow_while_loading(tmp_path):
 
 def test_the_message_tells_which_architecture_fits(tmp_path):
     with pytest.raises(
-        ValueError, match=r"gives 0\.5 % of .*\(MedNeXt v1 or v2\) .*; it fits --arch mednext_s \(--allow"
+        ValueError, match=r"gives 0\.5 % of .*\(MedNeXt v1 or v2\) .*; it fits `arch` mednext_s \(`allow"
     ):
         checkpoint.load_encoder(build_segmenter("mednext_l"), mednext_file(tmp_path))
 
@@ -195,7 +197,7 @@ def test_our_own_variants_travel_in_the_checkpoint(tmp_path):
     network = build_autoencoder(**build)
     content = {"format": checkpoint.FORMAT, "task": "pretrain", "build": build, "model": network.state_dict()}
     torch.save(content, tmp_path / "ours.pt")
-    with pytest.raises(ValueError, match="made with --merging v2, the network has fixed"):
+    with pytest.raises(ValueError, match="made with `merging` v2, the network has fixed"):
         checkpoint.load_encoder(build_segmenter("swin_unetr"), tmp_path / "ours.pt")
     report = checkpoint.load_encoder(build_segmenter("swin_unetr", merging="v2"), tmp_path / "ours.pt")
     assert (report.coverage, report.source) == (1.0, "checkpoint of swin_unetr")

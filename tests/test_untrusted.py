@@ -215,9 +215,9 @@ def test_a_scan_that_inflates_to_more_than_it_promises_is_not_read_to_its_end(bo
         with pytest.raises(
             nifti.RejectedInput, match="expected its end after the data, found more than 16777216 bytes"
         ):
-            nifti.read(bomb, verify=True)
+            nifti.read_nifti(bomb, verify=True)
     else:
-        assert nifti.read(bomb)[1].shape == SHAPE
+        assert nifti.read_nifti(bomb)[1].shape == SHAPE
     assert time.process_time() - began < 3
     assert peak_mb() - peak < 200
 
@@ -226,7 +226,7 @@ def test_a_scan_with_a_little_behind_its_data_is_verified(tmp_path):
     path = save_nifti(tmp_path / "padded.nii.gz")
     with path.open("ab") as file:
         file.write(gzip.compress(bytes(1 << 20)))
-    assert nifti.read(path, verify=True)[1].shape == SHAPE
+    assert nifti.read_nifti(path, verify=True)[1].shape == SHAPE
 
 
 def test_a_scan_that_promises_too_many_voxels_is_refused_before_memory_is_taken(tmp_path):
@@ -238,7 +238,7 @@ def test_a_scan_that_promises_too_many_voxels_is_refused_before_memory_is_taken(
     for name, write in (("huge.nii", bytes), ("huge.nii.gz", gzip.compress)):
         (tmp_path / name).write_bytes(write(header.binaryblock + bytes(4096)))
         with pytest.raises(nifti.RejectedInput, match="expected at most 4096 per axis"):
-            nifti.read(tmp_path / name)
+            nifti.read_nifti(tmp_path / name)
     assert peak_mb() - peak < 100
 
 
@@ -246,5 +246,5 @@ def test_a_scan_whose_data_begin_far_behind_a_bomb_is_refused(tmp_path):
     began = time.process_time()
     path = save_nifti(tmp_path / "far.nii.gz", patch={108: struct.pack("<f", 1e10)})
     with pytest.raises(nifti.RejectedInput, match="expected data at byte 352 to 16777216, found 1e"):
-        nifti.read(path)
+        nifti.read_nifti(path)
     assert time.process_time() - began < 1

@@ -1,4 +1,4 @@
-"""What an augmentation draws: its options, and one row of numbers per sample."""
+"""What the augmentation draws: one row of numbers per sample, a function of (seed, epoch, sample) alone."""
 
 from __future__ import annotations
 
@@ -8,126 +8,22 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from amaes import rng
-
-SPATIAL = ("rotation", "scale", "elastic")
-INTENSITY = (
-    "additive_noise",
-    "blur",
-    "multiplicative_noise",
-    "ghosting",
-    "gibbs_ringing",
-    "low_resolution",
-    "bias_field",
-    "gamma",
-)
-CHOICES = {
-    "order": (1, 3),
-    "window": ("parity", "official", "none"),
-    "gibbs": ("scaled", "absolute"),
-    "bias": ("official", "exp"),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the augmentation; what belongs to a transform starts with its name (`gibbs`, `bias`: a part of it).
-
-    The bare name is the probability of the transform per sample (noise, ghosting, Gibbs ringing, bias field: per sample
-    and channel), a pair is the range of a uniform draw. Defaults: Llambias et al. 2024, Table 5, and the published
-    code where the table is silent.
-    """
-
-    order: int = 1  # interpolation of images: 1 trilinear, 3 cubic B-spline (published code)
-    window: str = "parity"  # see spatial.window_size
-    fill: str | float = "min"  # value outside the window: "min" of the window, or a number; labels: 0
-    clip: bool = True  # after every stage, to the range of its input
-    rotation: float = 0.2
-    rotation_axis: float = 0.66  # probability of each axis, given a rotation
-    rotation_degrees: tuple[float, float] = (-30.0, 30.0)
-    scale: float = 0.2
-    scale_factor: tuple[float, float] = (0.9, 1.1)  # of the sampling coordinates: < 1 magnifies
-    elastic: float = 0.33
-    elastic_alpha: tuple[float, float] = (200.0, 600.0)  # voxels
-    elastic_sigma: tuple[float, float] = (20.0, 30.0)  # voxels
-    mirror: float = 0.0
-    mirror_axis: float = 0.33
-    additive_noise: float = 0.2
-    additive_noise_sigma: tuple[float, float] = (1e-4, 1e-3)
-    blur: float = 0.2
-    blur_channel: float = 0.5  # probability of each channel, given a blur
-    blur_sigma: tuple[float, float] = (0.0, 1.0)  # voxels
-    multiplicative_noise: float = 0.2
-    multiplicative_noise_sigma: tuple[float, float] = (1e-4, 1e-3)
-    ghosting: float = 0.2
-    ghosting_alpha: tuple[float, float] = (0.85, 0.95)
-    ghosting_repetitions: tuple[int, int] = (2, 10)  # both included; the paper prints (2, 11)
-    gibbs_ringing: float = 0.2
-    gibbs: str = "scaled"  # lines kept: "scaled" 0.75 n ... n, "absolute" 96 ... 128 (published code)
-    low_resolution: float = 0.2
-    low_resolution_channel: float = 0.5
-    low_resolution_axis: float = 0.33
-    low_resolution_zoom: tuple[float, float] = (0.5, 1.0)
-    bias_field: float = 0.33
-    bias: str = "official"  # "exp": always positive
-    gamma: float = 0.2
-    gamma_inversion: float = 0.05  # given gamma; the paper's 0.01 is the unconditional rate
-    gamma_low: tuple[float, float] = (0.5, 1.0)  # half of the draws
-    gamma_high: tuple[float, float] = (1.0, 2.0)  # the other half
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            _check(field.name, getattr(self, field.name), field.default)
-
-
-_LIMITS = {  # what a range may span; the others only have to be finite and ordered
-    "scale_factor": (0.01, 100.0),
-    "elastic_sigma": (0.1, 1e3),
-    "elastic_alpha": (0.0, 1e6),
-    "additive_noise_sigma": (0.0, 1e3),
-    "blur_sigma": (0.0, 16.0),
-    "multiplicative_noise_sigma": (0.0, 1e3),
-    "ghosting_alpha": (0.0, 1.0),
-    "ghosting_repetitions": (1, 10**6),
-    "low_resolution_zoom": (0.05, 1.0),
-    "gamma_low": (0.01, 100.0),
-    "gamma_high": (0.01, 100.0),
-}
-
-
-def _check(name: str, value, default) -> None:
-    if name in CHOICES:
-        accepted, valid = ", ".join(map(repr, CHOICES[name])), value in CHOICES[name]
-    elif isinstance(default, bool):
-        accepted, valid = "True, False", isinstance(value, bool)
-    elif name == "fill":
-        accepted, valid = "'min' or a finite number", value == "min" or _is_number(value)
-    elif isinstance(default, tuple):
-        low, high = _LIMITS.get(name, (-1e6, 1e6))
-        whole = " whole" if isinstance(default[0], int) else ""
-        accepted = f"a pair of{whole} numbers, low <= high, in [{low:g}, {high:g}]"
-        valid = isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value))
-        valid = valid and low <= value[0] <= value[1] <= high and (not whole or all(v == int(v) for v in value))
-    else:
-        accepted, valid = "a probability in [0, 1]", _is_number(value) and 0 <= value <= 1
-    if not valid:
-        raise ValueError(f"{name}={value!r}: expected {accepted}")
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value)
+from amaes.augment.options import SPATIAL, TRANSFORMS, Options
 
 
 @dataclass(frozen=True)
 class Draws:
-    """One row per sample, on the host. A bare name is the gate; parameters are drawn whether the gate is on or not.
+    """What was drawn for a batch, on the host: one row per sample.
 
-    Shapes: (B,) or (B, 3 axes) for spatial transforms, (B, C) or (B, C, 3 axes) for the others.
+    The field with the bare name of a transform is its gate, bool: whether it is applied. Its parameters are drawn
+    whether the gate is on or off. Shapes: (B,) or (B, 3 axes) for rotation, scale, elastic and mirror; (B, C) or
+    (B, C, 3 axes) for the other transforms.
     """
 
     elastic: np.ndarray
     elastic_sigma: np.ndarray  # voxels
     elastic_alpha: np.ndarray  # voxels
-    elastic_key: np.ndarray  # of the coefficients of the field
+    elastic_key: np.ndarray  # of the random coefficients of the field, see amaes.rng
     rotation: np.ndarray
     rotation_degrees: np.ndarray  # (B, 3), 0 for an axis that was not chosen
     scale: np.ndarray
@@ -135,7 +31,7 @@ class Draws:
     mirror: np.ndarray  # (B, 3)
     additive_noise: np.ndarray
     additive_noise_sigma: np.ndarray
-    additive_noise_key: np.ndarray
+    additive_noise_key: np.ndarray  # of the noise
     blur: np.ndarray
     blur_sigma: np.ndarray  # voxels
     multiplicative_noise: np.ndarray
@@ -159,28 +55,19 @@ class Draws:
     def __len__(self) -> int:
         return len(self.elastic)
 
-    def __getitem__(self, rows) -> Draws:
+    def __getitem__(self, rows: slice | Sequence[int]) -> Draws:
         """The draws of some samples: a slice or a list of indices."""
         return Draws(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def only(self, *names: str) -> Draws:
         """The same parameters with the gates of these transforms on for every sample and all other gates off."""
-        gates = {name: np.full_like(getattr(self, name), name in names) for name in (*SPATIAL, "mirror", *INTENSITY)}
+        gates = {name: np.full_like(getattr(self, name), name in names) for name in TRANSFORMS}
         return replace(self, **gates)
-
-    def as_dict(self) -> dict[str, list]:
-        """Plain lists, ready for JSON."""
-        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, list]) -> Draws:
-        """The draws that `as_dict` wrote."""
-        return cls(**{field.name: np.asarray(values[field.name]) for field in fields(cls)})
 
     def summary(self, sample: int) -> str:
         """The transforms that are on for one sample (channel 0), with their parameters."""
         parts = []
-        for name in (*SPATIAL, "mirror", *INTENSITY):
+        for name in TRANSFORMS:
             if not np.any(_first_channel(getattr(self, name)[sample], name)):
                 continue
             values = [
@@ -200,25 +87,25 @@ def _show(value: np.ndarray) -> str:
     return " ".join(f"{v:.4g}" for v in np.atleast_1d(value))
 
 
-def check_reach(draws: Draws, options: Options, patch_size: Sequence[int]) -> None:
-    """Refuse draws of other options where the kernels and tables made for these would be cut off or missing.
+def check_ranges(draws: Draws, options: Options, patch_size: Sequence[int]) -> None:
+    """Refuse draws that these options cannot have made, where tables made for the options would not hold them.
 
     Raises:
         ValueError: names the field, its value and the range.
     """
     sides = np.asarray(patch_size)
     shortest = np.maximum(np.rint(sides * options.low_resolution_zoom[0]), 1).astype(np.int64)
-    reach = {
+    ranges = {
         ("elastic", "elastic_sigma"): options.elastic_sigma,
         ("blur", "blur_sigma"): (0.0, options.blur_sigma[1]),
         ("low_resolution", "low_resolution_lengths"): (shortest, sides),
     }
-    for (name, field), (low, high) in reach.items():
+    for (name, field), (low, high) in ranges.items():
         values = getattr(draws, field)[getattr(draws, name)]
         outside = (values < low) | (values > high)
         if getattr(options, name) > 0 and outside.any():
-            found = values[outside][0]
-            raise ValueError(f"draws: {field} {found:g}, expected {low} to {high}, what these options can draw")
+            value = values[outside][0]
+            raise ValueError(f"draws: {field} {value:g}, expected {low} to {high}, what these options can draw")
 
 
 class _Uniforms:
@@ -228,21 +115,28 @@ class _Uniforms:
         self.table, self.used = table, 0
 
     def take(self, count: int | None = None) -> np.ndarray:
-        """The next column, or the next `count` columns with an axis of their own at the end."""
+        """The next column, (...), or the next `count` columns, (..., count)."""
         start, self.used = self.used, self.used + (count or 1)
         return self.table[..., start] if count is None else self.table[..., start : self.used]
 
     def between(self, bounds: tuple[float, float], count: int | None = None) -> np.ndarray:
+        """Uniform over [low, high)."""
         low, high = bounds
         return low + (high - low) * self.take(count)
 
     def integer(self, low: np.ndarray | int, high: np.ndarray | int, count: int | None = None) -> np.ndarray:
         """Uniform over low, ..., high."""
-        span = np.asarray(high) - low + 1
-        return low + np.minimum(np.floor(self.take(count) * span).astype(np.int64), span - 1)
+        return _integer(self.take(count), low, high)
 
 
-_SAMPLE_COLUMNS, _CHANNEL_COLUMNS = 21, 23  # counted by `draw`; fixed, so that no option moves another's numbers
+def _integer(uniform: np.ndarray, low: np.ndarray | int, high: np.ndarray | int) -> np.ndarray:
+    """Numbers in [0, 1) as whole numbers, uniform over low, ..., high."""
+    span = np.asarray(high) - low + 1
+    return low + np.minimum(np.floor(uniform * span).astype(np.int64), span - 1)
+
+
+# Columns that `draw` uses, whatever the options, so that no option moves the numbers of another.
+_SAMPLE_COLUMNS, _CHANNEL_COLUMNS = 21, 23
 
 
 def draw(
@@ -251,9 +145,15 @@ def draw(
     """Draw the parameters of a batch; each row is a function of (seed, epoch, sample) alone.
 
     Args:
+        options: probabilities and ranges.
+        patch_size: (X, Y, Z), voxels.
+        seed: of the run.
         epochs: pass over the data of each sample, (B,).
         samples: index of the case of each sample, (B,).
         channels: channels of the image.
+
+    Raises:
+        ValueError: no sample, or not as many epochs as samples.
     """
     epochs, samples = [int(epoch) for epoch in epochs], [int(sample) for sample in samples]
     if len(epochs) != len(samples) or not epochs:
@@ -261,67 +161,80 @@ def draw(
             f"{len(epochs)} epochs and {len(samples)} samples: expected one of each per sample of the batch"
         )
     streams = [rng.stream(seed, epoch, sample, "augment") for epoch, sample in zip(epochs, samples, strict=True)]
-    b = _Uniforms(np.stack([stream.random(_SAMPLE_COLUMNS) for stream in streams]))  # (B, columns)
-    c = _Uniforms(np.stack([stream.random((channels, _CHANNEL_COLUMNS)) for stream in streams]))  # (B, C, columns)
+    sample = _Uniforms(np.stack([stream.random(_SAMPLE_COLUMNS) for stream in streams]))  # (B, columns)
+    channel = _Uniforms(np.stack([stream.random((channels, _CHANNEL_COLUMNS)) for stream in streams]))  # (B, C, ...)
 
     def keys(purpose: str) -> np.ndarray:
         return rng.keys(seed, epochs, samples, f"augment/{purpose}").numpy()
 
     def channel_keys(purpose: str) -> np.ndarray:
-        return np.stack([keys(f"{purpose}/{channel}") for channel in range(channels)], axis=1)
+        return np.stack([keys(f"{purpose}/{index}") for index in range(channels)], axis=1)
 
-    values = _draw_spatial(b, options) | {"elastic_key": keys("elastic")}
-    values |= _draw_intensity(b, c, options, np.asarray(patch_size))
-    values |= {f"{name}_key": channel_keys(name) for name in ("additive_noise", "multiplicative_noise")}
-    assert (b.used, c.used) == (_SAMPLE_COLUMNS, _CHANNEL_COLUMNS)
-    return Draws(**values)
-
-
-def _draw_spatial(b: _Uniforms, o: Options) -> dict[str, np.ndarray]:
-    v = {"elastic": b.take() < o.elastic}
-    v["elastic_sigma"] = b.between(o.elastic_sigma)
-    v["elastic_alpha"] = b.between(o.elastic_alpha)
-    v["rotation"] = b.take() < o.rotation
-    chosen = b.take(3) < o.rotation_axis
-    v["rotation_degrees"] = np.where(chosen, b.between(o.rotation_degrees, 3), 0.0)
-    v["scale"] = b.take() < o.scale
-    v["scale_factor"] = b.between(o.scale_factor)
-    gate = b.take() < o.mirror
-    v["mirror"] = gate[:, None] & (b.take(3) < o.mirror_axis)
-    return v
+    spatial = _draw_spatial(sample, options)
+    intensity = _draw_intensity(sample, channel, options, np.asarray(patch_size))
+    assert (sample.used, channel.used) == (_SAMPLE_COLUMNS, _CHANNEL_COLUMNS)
+    return Draws(
+        **spatial,
+        **intensity,
+        elastic_key=keys("elastic"),
+        additive_noise_key=channel_keys("additive_noise"),
+        multiplicative_noise_key=channel_keys("multiplicative_noise"),
+    )
 
 
-def _draw_intensity(b: _Uniforms, c: _Uniforms, o: Options, sides: np.ndarray) -> dict[str, np.ndarray]:
-    def per_channel(column: np.ndarray) -> np.ndarray:
-        return np.repeat(column[:, None], c.table.shape[1], axis=1)
+def _draw_spatial(sample: _Uniforms, options: Options) -> dict[str, np.ndarray]:
+    """Fields of Draws by name. The order of the lines is the order of the columns: a change here changes all draws."""
+    drawn = {"elastic": sample.take() < options.elastic}
+    drawn["elastic_sigma"] = sample.between(options.elastic_sigma)
+    drawn["elastic_alpha"] = sample.between(options.elastic_alpha)
+    drawn["rotation"] = sample.take() < options.rotation
+    axes = sample.take(3) < options.rotation_axis
+    drawn["rotation_degrees"] = np.where(axes, sample.between(options.rotation_degrees, 3), 0.0)
+    drawn["scale"] = sample.take() < options.scale
+    drawn["scale_factor"] = sample.between(options.scale_factor)
+    gate = sample.take() < options.mirror
+    drawn["mirror"] = gate[:, None] & (sample.take(3) < options.mirror_axis)
+    return drawn
 
-    v = {"additive_noise": c.take() < o.additive_noise}
-    v["additive_noise_sigma"] = c.between(o.additive_noise_sigma)
-    v["blur"] = per_channel(b.take() < o.blur) & (c.take() < o.blur_channel)
-    v["blur_sigma"] = per_channel(b.between(o.blur_sigma))
-    v["multiplicative_noise"] = c.take() < o.multiplicative_noise
-    v["multiplicative_noise_sigma"] = c.between(o.multiplicative_noise_sigma)
-    v["ghosting"] = c.take() < o.ghosting
-    v["ghosting_alpha"] = c.between(o.ghosting_alpha)
-    v["ghosting_repetitions"] = c.integer(*map(int, o.ghosting_repetitions))
-    v["ghosting_axis"] = c.integer(0, 2)
-    v["gibbs_ringing"] = c.take() < o.gibbs_ringing
-    line, axis = c.take(), c.integer(0, 2)
-    v["gibbs_ringing_lines"], v["gibbs_ringing_axis"] = _kept_lines(line, sides[axis], o.gibbs), axis
-    v["low_resolution"] = per_channel(b.take() < o.low_resolution) & (c.take() < o.low_resolution_channel)
-    zoom = c.between(o.low_resolution_zoom)[..., None]
+
+def _draw_intensity(
+    sample: _Uniforms, channel: _Uniforms, options: Options, sides: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Fields of Draws by name. The order of the lines is the order of the columns: a change here changes all draws."""
+
+    def all_channels(column: np.ndarray) -> np.ndarray:
+        return np.repeat(column[:, None], channel.table.shape[1], axis=1)
+
+    drawn = {"additive_noise": channel.take() < options.additive_noise}
+    drawn["additive_noise_sigma"] = channel.between(options.additive_noise_sigma)
+    drawn["blur"] = all_channels(sample.take() < options.blur) & (channel.take() < options.blur_channel)
+    drawn["blur_sigma"] = all_channels(sample.between(options.blur_sigma))
+    drawn["multiplicative_noise"] = channel.take() < options.multiplicative_noise
+    drawn["multiplicative_noise_sigma"] = channel.between(options.multiplicative_noise_sigma)
+    drawn["ghosting"] = channel.take() < options.ghosting
+    drawn["ghosting_alpha"] = channel.between(options.ghosting_alpha)
+    drawn["ghosting_repetitions"] = channel.integer(*map(int, options.ghosting_repetitions))
+    drawn["ghosting_axis"] = channel.integer(0, 2)
+    drawn["gibbs_ringing"] = channel.take() < options.gibbs_ringing
+    lines, axis = channel.take(), channel.integer(0, 2)
+    drawn["gibbs_ringing_lines"], drawn["gibbs_ringing_axis"] = _kept_lines(lines, sides[axis], options.gibbs), axis
+    gate = all_channels(sample.take() < options.low_resolution)
+    drawn["low_resolution"] = gate & (channel.take() < options.low_resolution_channel)
+    zoom = channel.between(options.low_resolution_zoom)[..., None]
     shorter = np.maximum(np.rint(sides * zoom).astype(np.int64), 1)  # rint: halves to even
-    v["low_resolution_lengths"] = np.where(c.take(3) < o.low_resolution_axis, shorter, sides)
-    v["bias_field"] = c.take() < o.bias_field
-    v["bias_field_centre"] = c.integer(0, sides - 1, 3)
-    v["gamma"] = per_channel(b.take() < o.gamma)
-    v["gamma_inversion"] = per_channel(b.take() < o.gamma_inversion)
-    low, u = c.take() < 0.5, c.take()
-    spans = [bounds[0] + (bounds[1] - bounds[0]) * u for bounds in (o.gamma_low, o.gamma_high)]
-    v["gamma_value"] = np.where(low, *spans)
-    return v
+    drawn["low_resolution_lengths"] = np.where(channel.take(3) < options.low_resolution_axis, shorter, sides)
+    drawn["bias_field"] = channel.take() < options.bias_field
+    drawn["bias_field_centre"] = channel.integer(0, sides - 1, 3)
+    drawn["gamma"] = all_channels(sample.take() < options.gamma)
+    drawn["gamma_inversion"] = all_channels(sample.take() < options.gamma_inversion)
+    is_low, uniform = channel.take() < 0.5, channel.take()
+    low, high = (a + (b - a) * uniform for a, b in (options.gamma_low, options.gamma_high))
+    drawn["gamma_value"] = np.where(is_low, low, high)
+    return drawn
 
 
-def _kept_lines(u: np.ndarray, side: np.ndarray, lines: str) -> np.ndarray:
-    low, high = (np.rint(0.75 * side).astype(np.int64), side) if lines == "scaled" else (np.int64(96), np.int64(128))
-    return low + np.minimum(np.floor(u * (high - low + 1)).astype(np.int64), high - low)
+def _kept_lines(uniform: np.ndarray, side: np.ndarray, gibbs: str) -> np.ndarray:
+    """How many lines of k-space Gibbs ringing keeps; see `Options.gibbs`."""
+    if gibbs == "absolute":
+        return _integer(uniform, 96, 128)
+    return _integer(uniform, np.rint(0.75 * side).astype(np.int64), side)

@@ -1,7 +1,7 @@
 """Intensity transforms of single channels: noise, blur, low resolution, bias field, gamma.
 
 Every function takes volumes (N, X, Y, Z), one per sample and channel, with parameters of shape (N, ...), and returns
-new volumes of the same shape and dtype. With `clip` the result stays within the range of its own input volume.
+new volumes of the same shape and dtype. With `clip` every result stays within the range of its input volume.
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ import numpy as np
 import torch
 
 from amaes import rng
-
-_EDGE = (
-    12  # voxels of repeated edge around the spline of `low_resolution_operator`; its influence falls by 0.27 a voxel
-)
 
 
 def value_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +32,7 @@ def column(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def voxel_noise(keys: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Standard normal noise, each volume from its own key: (N,) -> (N, *shape), float32."""
+    """Standard normal noise, one key per volume: (N,) -> (N, *shape), float32."""
     return rng.normal(keys, math.prod(shape)).view(-1, *shape)
 
 
@@ -89,8 +85,8 @@ def low_resolution(
 
     Args:
         lengths: samples left along each axis, (N, 3), integer; the side of x where nothing happens.
-        operators: per axis (R, n, n) float64, for the lengths n - R + 1, ..., n; see `low_resolution_tables`.
-        kept: per axis (R, n) bool, the voxels that survive the way down.
+        operators: per axis (R, n, n), float64, for the lengths n - R + 1, ..., n; see `low_resolution_tables`.
+        kept: per axis (R, n), bool, the voxels that survive the way down.
     """
     rows = [lengths[:, axis] - x.shape[axis + 1] + len(operators[axis]) - 1 for axis in range(3)]
     y = x.double()
@@ -105,42 +101,25 @@ def low_resolution(
     return clip_to(y, low.view(-1, 1, 1, 1), high.view(-1, 1, 1, 1))
 
 
-def kept_voxels(side: int, length: int) -> np.ndarray:
-    """Which voxel each of `length` samples reads on the way down: (length,), integer; float64 decides ties."""
-    return np.floor((np.arange(length) + 0.5) * (side / length)).astype(np.int64)
-
-
-def low_resolution_operator(side: int, length: int) -> np.ndarray:
-    """Down to `length` samples and back to `side`, as one matrix: (side, side), float64; identity for length = side.
-
-    M = B T^-1 E D: nearest-neighbour sampling D, repeated edge E, spline coefficients T^-1, spline values B.
-    """
-    if length == side:
-        return np.eye(side)
-    padded = length + 2 * _EDGE
-    source = kept_voxels(side, length)[np.clip(np.arange(padded) - _EDGE, 0, length - 1)]
-    select = np.zeros((padded, side))
-    select[np.arange(padded), source] = 1.0  # E D
-    position = (np.arange(side) + 0.5) * length / side - 0.5 + _EDGE
-    distance = np.abs(position[:, None] - np.arange(padded))
-    spline = np.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, np.clip(2 - distance, 0, None) ** 3 / 6)
-    return spline @ np.linalg.solve(_symmetric_spline(padded), select)
-
-
-def _symmetric_spline(side: int) -> np.ndarray:
-    """Spline values from coefficients, edge sample repeated: tridiagonal 1/6, 4/6, 1/6 with 5/6 in the two corners."""
-    system = np.eye(side) * (4 / 6) + (np.eye(side, k=1) + np.eye(side, k=-1)) / 6
-    system[0, 0] = system[-1, -1] = 5 / 6
-    return system
-
-
 def low_resolution_tables(side: int, shortest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Operators and surviving voxels for the lengths shortest, ..., side: (R, side, side) float64, (R, side) bool."""
-    lengths = range(shortest, side + 1)
-    kept = np.zeros((len(lengths), side), dtype=bool)
-    for row, length in enumerate(lengths):
-        kept[row, kept_voxels(side, length)] = True
-    return np.stack([low_resolution_operator(side, length) for length in lengths]), kept
+    """Down to each of the lengths shortest, ..., side and back up, as `low_resolution` applies it.
+
+    Returns:
+        Operators, (R, side, side), float64, and the voxels that survive the way down, (R, side), bool.
+    """
+    operators, kept = zip(*(_down_and_up(side, length) for length in range(shortest, side + 1)), strict=True)
+    return np.stack(operators), np.stack(kept)
+
+
+def _down_and_up(side: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The operator for one length, (side, side), and the surviving voxels, (side,): `zoom` of an identity matrix."""
+    from scipy.ndimage import zoom  # slow to import
+
+    if length == side:
+        return np.eye(side), np.ones(side, dtype=bool)
+    down = zoom(np.eye(side), (length / side, 1), order=0, mode="nearest", grid_mode=True)  # (length, side)
+    up = zoom(down, (side / length, 1), order=3, mode="nearest", grid_mode=True)
+    return up, down.any(0)
 
 
 def bias_field(x: torch.Tensor, centre: torch.Tensor, mode: str = "official", clip: bool = True) -> torch.Tensor:

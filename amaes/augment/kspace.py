@@ -1,7 +1,7 @@
 """Transforms in k-space: motion ghosting and Gibbs ringing along one axis.
 
-Both weight the lines of the spectrum along a single axis, so a 1-D transform per line of voxels gives what the 3-D one
-would. The weights are real but need not be symmetric in frequency; then the image turns complex and its modulus is
+Both weight the lines of the spectrum along a single axis, so 1-D Fourier transforms along that axis give the same as
+3-D ones. The weights are real but need not be symmetric in frequency; then the image turns complex and its modulus is
 taken. For a real image x with spectrum X and weights w, split into an even and an odd part, the real part of the result
 is the inverse transform of w_even X and the imaginary part that of -i w_odd X: three real transforms.
 """
@@ -39,7 +39,7 @@ def gibbs_ringing(x: torch.Tensor, lines: torch.Tensor, axis: int, clip: bool = 
 
     Args:
         x: (N, X, Y, Z).
-        lines: how many, (N,), integer.
+        lines: number of lines kept, (N,), integer.
         axis: spatial axis, 0 to 2, of the array (the published code swaps the names of axes 0 and 1).
     """
     return _weight_lines(x, gibbs_weights(lines, x.shape[axis + 1]), axis, clip)

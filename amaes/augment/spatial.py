@@ -7,8 +7,8 @@ Conventions, for a patch with P and a window with W voxels along an axis:
     out(p) = window(offset(p) + (W - 1) / 2)
 
 with the rotation R = Rx Ry Rz (right-handed, x = axis 0), the scale s of the sampling coordinates (s < 1 magnifies) and
-the elastic displacement d in voxels. Matrix products run in float64: TF32 and the other shortcuts that a program may
-allow for float32 products never reach them, and no setting of the process is read or changed.
+the elastic displacement d in voxels. Matrix products run in float64, so that TF32 and other shortcuts that a program
+may allow for float32 products do not concern them, and no setting of the process is read or changed.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def _affine_terms(matrix: torch.Tensor, patch_size: Sequence[int]) -> tuple[torc
 
 
 def _positions(side: int, device: torch.device) -> torch.Tensor:
+    """Voxels of an axis, counted from its middle: (side,), float64."""
     return torch.arange(side, device=device, dtype=torch.float64) - (side - 1) / 2
 
 
@@ -131,7 +132,7 @@ def smoothing_matrix(sigma: torch.Tensor, side: int, largest: int) -> torch.Tens
 
 
 def smoothing_basis(sigma: float, side: int) -> np.ndarray:
-    """Orthonormal vectors that carry nearly all a Gaussian filter of width `sigma` or more lets through.
+    """Orthonormal vectors that span nearly everything a Gaussian filter of width `sigma` or more lets pass.
 
     White noise has independent coefficients of the same variance in any orthonormal basis, so filtering
     basis @ coefficients gives the field of filtered white noise; the covariance is off by less than `RANK_TOLERANCE`
@@ -182,9 +183,10 @@ def elastic_offsets(
 
 
 def elastic_bound(coefficients: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """No component of the displacement is larger than this, voxels: (B, 3, r0, r1, r2), (B,) -> (B,).
+    """A bound of every component of the displacement, voxels: (B, 3, r0, r1, r2), (B,) -> (B,).
 
-    Cauchy-Schwarz: a voxel weighs the coefficients with one row of the filter, no longer than the kernel, per axis.
+    Cauchy-Schwarz: per axis, a voxel weighs the coefficients with one row of the filter, whose norm is at most that of
+    the kernel.
     """
     sigma = np.asarray(sigma, dtype=np.float64)[:, None]
     radius = np.floor(4 * sigma + 0.5)
@@ -195,7 +197,7 @@ def elastic_bound(coefficients: np.ndarray, sigma: np.ndarray) -> np.ndarray:
 
 
 def leaves_window(matrix: np.ndarray, bound: np.ndarray, patch: Sequence[int], window: Sequence[int]) -> np.ndarray:
-    """Whether a sample may look outside its window: (B,) bool, known on the host from the corners of the patch.
+    """Whether a sample may look outside its window, (B,) bool; computed on the host from the corners of the patch.
 
     Args:
         matrix: s R^T, (B, 3, 3).
@@ -211,7 +213,7 @@ def resample(
     offsets: torch.Tensor,
     fill: float | str = "min",
     clip: bool = True,
-    splines: Sequence[torch.Tensor] | None = None,
+    filters: Sequence[torch.Tensor] | None = None,
     border: bool = True,
 ) -> torch.Tensor:
     """Interpolate a window; what lies outside becomes the fill value, without blending.
@@ -221,16 +223,16 @@ def resample(
         offsets: (B, 3, P...), voxels from the centre of the window.
         fill: "min" of the sample's window over all channels, or a number.
         clip: to the range of the sample's window over all channels.
-        splines: None for trilinear interpolation; per axis the matrix of `spline_inverse` for the cubic B-spline.
+        filters: None for trilinear interpolation; for the cubic B-spline the matrix of `spline_filter`, per axis.
         border: False if no coordinate lies outside, to save the test.
 
     Returns:
         (B, C, P...).
     """
-    if splines is None:
+    if filters is None:
         patch = sample_linear(window, offsets)
     else:
-        patch = sample_cubic(spline_coefficients(window, splines), offsets)
+        patch = sample_cubic(spline_coefficients(window, filters), offsets)
     low, high = (bound.view(-1, 1, 1, 1, 1) for bound in torch.aminmax(window.flatten(1), dim=1))
     if border:
         patch = torch.where(outside(offsets, window.shape[2:]), low if fill == "min" else float(fill), patch)
@@ -251,21 +253,19 @@ def sample_linear(window: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(window, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-def spline_inverse(side: int) -> np.ndarray:
+def spline_filter(side: int) -> np.ndarray:
     """Voxels to coefficients of the interpolating cubic B-spline along one axis: (side, side), float64.
 
     The image continues as its mirror about the first and last voxel centre (... 2 1 | 0 1 2 ...).
     """
-    system = np.eye(side) * (4 / 6)
-    for index in range(side):
-        for neighbour in (index - 1, index + 1):
-            system[index, _mirror(neighbour, side)] += 1 / 6
-    return np.linalg.inv(system)
+    from scipy.ndimage import spline_filter1d  # slow to import
+
+    return spline_filter1d(np.eye(side), order=3, axis=0, mode="mirror")
 
 
-def spline_coefficients(window: torch.Tensor, inverses: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Prefilter of `sample_cubic`: (B, C, X, Y, Z) -> the same shape; `inverses` from `spline_inverse`, per axis."""
-    first, second, third = (inverse.double() for inverse in inverses)
+def spline_coefficients(window: torch.Tensor, filters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Coefficients for `sample_cubic`: (B, C, X, Y, Z) -> the same shape; `filters` of `spline_filter`, per axis."""
+    first, second, third = (matrix.double() for matrix in filters)
     x = window.double()
     x = (first @ x.flatten(3)).view_as(x)
     x = second @ x
@@ -318,11 +318,6 @@ def sample_label(label: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         index = place if index is None else index * side + place
     values = label.flatten(1).gather(1, index.flatten(1)).view_as(index)
     return values.masked_fill(outside(offsets, label.shape[1:])[:, 0], 0)
-
-
-def _mirror(index: int, side: int) -> int:
-    period = max(2 * (side - 1), 1)
-    return min(index % period, period - index % period) if side > 1 else 0
 
 
 def _mirror_index(side: int, pad: int, device: torch.device) -> torch.Tensor:

@@ -1,21 +1,19 @@
-"""The classes of one network for several stores."""
+"""The classes of one network for one store or several: which class a stored label value is."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from amaes.data.several_stores import Pool
-
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from amaes.data.store import Store
+
+if TYPE_CHECKING:
+    from amaes.data.several_stores import SeveralStores
 
 _PLACEHOLDER = re.compile(r"label_\d+")  # the name that preprocessing gives to a value without one
 
@@ -41,8 +39,13 @@ class Classes:
     allowed: np.ndarray
     store_of: np.ndarray
 
+    @property
+    def of_one_store(self) -> bool:
+        """Stored values are the classes, and all of them are allowed."""
+        return len(self.tables) == 1
+
     @classmethod
-    def of(cls, store: Store | Pool) -> Classes:
+    def of(cls, store: Store | SeveralStores) -> Classes:
         """The classes that the stores declare."""
         if isinstance(store, Store):
             declared, count = [{value: value for value in (0, *store.labels)}], store.num_classes
@@ -62,46 +65,47 @@ class Classes:
         return torch.from_numpy(self.tables[stores]), torch.from_numpy(self.allowed[stores])
 
 
-def _join(pool: Pool) -> tuple[list[dict[int, int]], dict[int, str]]:
+def _join(stores: SeveralStores) -> tuple[list[dict[int, int]], dict[int, str]]:
     """Per store the class of each declared value, and the names of all classes."""
-    names, known, declared = {0: "background"}, {"background": 0}, []
-    for prefix, store in zip(pool.names, pool.stores, strict=True):
+    names, class_of, declared = {0: "background"}, {"background": 0}, []
+    for prefix, store in zip(stores.names, stores.stores, strict=True):
         values = {0: 0}
         for value, name in sorted(store.labels.items()):
             if value == 0:
                 continue
             full = f"{prefix}: {name}" if _PLACEHOLDER.fullmatch(name) else name
-            index = known.setdefault(full.strip().casefold(), len(names))
+            index = class_of.setdefault(full.strip().casefold(), len(names))
             names.setdefault(index, full)
             values[value] = index
         declared.append(values)
     return declared, names
 
 
-def labelled(store: Store | Pool, ids: Sequence[str]) -> list[str]:
+def labelled(store: Store | SeveralStores, ids: Sequence[str]) -> list[str]:
     """Those of the cases that have a label.
 
     Raises:
         ValueError: a label holds a value that its store does not declare (`check_labels`).
     """
-    found = [id for id in ids if store.cases[store.index(id)].labelled]
-    check_labels(store, found)
-    return found
+    with_label = [id for id in ids if store.cases[store.index(id)].labelled]
+    check_labels(store, with_label)
+    return with_label
 
 
-def check_labels(store: Store | Pool, ids: Sequence[str]) -> None:
+def check_labels(store: Store | SeveralStores, ids: Sequence[str]) -> None:
     """Refuse labels with values that their store does not declare, by what preprocessing counted of each case.
 
     Raises:
         ValueError: names the file and the value.
     """
     for id in ids:
-        home, own = (store, id) if isinstance(store, Store) else store.home(id)
-        counts = home.properties(own).get("label_counts", {})
-        strange = sorted(int(value) for value in counts if int(value) not in (0, *home.labels))
-        if strange:
+        home, id_there = (store, id) if isinstance(store, Store) else store.home(id)
+        counts = home.properties(id_there).get("label_counts", {})
+        undeclared = sorted(int(value) for value in counts if int(value) not in (0, *home.labels))
+        if undeclared:
             declared = ", ".join(f"{value} {name}" for value, name in sorted(home.labels.items()))
             raise ValueError(
-                f"{home.path / 'cases' / own}_label.npy: holds label value {strange[0]} ({counts[str(strange[0])]} "
-                f"voxels), {home.path / 'dataset.json'} declares {declared or 'no labels'}"
+                f"{home.path / 'cases' / id_there}_label.npy: holds label value {undeclared[0]} "
+                f"({counts[str(undeclared[0])]} voxels), {home.path / 'dataset.json'} declares "
+                f"{declared or 'no labels'}"
             )

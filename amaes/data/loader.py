@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, default_collate
 from amaes import hardware
 from amaes.data.order import Batches
 from amaes.data.patches import Patches
-from amaes.data.workers import Watch, read_on
+from amaes.data.workers import Watch, ignore_job_signals
+from amaes.distributed import Ranks
 
 
 def loader(patches: Patches, batches: Batches | Sequence, workers: int, pin_memory: bool) -> Iterator[dict]:
@@ -28,16 +29,11 @@ def loader(patches: Patches, batches: Batches | Sequence, workers: int, pin_memo
     """
     asked: deque[list[tuple[int, int]]] = deque()  # batches that have not arrived
 
-    def noted() -> Iterator[list[tuple[int, int]]]:
-        for batch in batches:
-            asked.append(batch)
-            yield batch
-
     source = DataLoader(
         patches,
-        batch_sampler=noted(),
+        batch_sampler=_noting(batches, asked),
         num_workers=workers,
-        worker_init_fn=read_on,
+        worker_init_fn=ignore_job_signals,
         collate_fn=_collate,
         pin_memory=pin_memory,
         prefetch_factor=hardware.PREFETCH if workers else None,
@@ -59,6 +55,36 @@ def loader(patches: Patches, batches: Batches | Sequence, workers: int, pin_memo
             yield batch
     finally:
         del arriving  # ends the workers now, whoever still holds this frame
+
+
+def training_batches(
+    patches: Patches, order: Batches, *, workers: int, ranks: Ranks, log: Callable[[str], None] = lambda line: None
+) -> Iterator[dict]:
+    """The batches of a training run (`loader`); the log is told what may go wrong with them.
+
+    Args:
+        patches: of the cases.
+        order: which of them, and when.
+        workers: processes of this rank that read ahead.
+        ranks: this process among all; for CUDA the batches lie in pinned memory.
+        log: takes a line.
+    """
+    if (coverage := patches.crop_coverage(order.indices)) < 0.5:
+        log(
+            f"`crop` window, as published: patches come from {100 * coverage:.1f} % of the places in their volumes, "
+            "the middle ones; `crop` patch takes them from anywhere, as validation does"
+        )
+    micro_step_bytes = order.share.of_micro_step * patches.sample_bytes()
+    if line := hardware.check_shared_memory(workers, micro_step_bytes, local_world=ranks.local_world):
+        log(line)
+    return loader(patches, order, workers, pin_memory=ranks.device.type == "cuda")
+
+
+def _noting(batches: Iterable, asked: deque) -> Iterator[list[tuple[int, int]]]:
+    """The batches, each added to `asked` when it is asked for."""
+    for batch in batches:
+        asked.append(batch)
+        yield batch
 
 
 def _collate(items: list[dict | Exception]) -> dict | Exception:

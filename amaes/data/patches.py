@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from amaes import rng
+from amaes.choices import CROPS
 from amaes.data.store import Case, Store
 
 
@@ -46,7 +47,7 @@ class Patches(Dataset):
         replace_by: Sequence[int] | None = None,
     ) -> None:
         if crop not in CROPS:
-            raise ValueError(f"crop {crop!r} is unknown; accepted: {', '.join(CROPS)}")
+            raise ValueError(f"`crop` {crop!r} is unknown; accepted: {', '.join(CROPS)}")
         self.store = store
         self.patch = tuple(patch_size)
         self.window = tuple(window_size or patch_size)
@@ -58,7 +59,7 @@ class Patches(Dataset):
         """Memory that one sample takes at most: float32 image, uint8 label."""
         return (4 * len(self.store.channels) + self.labels) * math.prod(self.window)
 
-    def reach(self, indices: Sequence[int]) -> float:
+    def crop_coverage(self, indices: Sequence[int]) -> float:
         """Share of the places in these cases' volumes that a patch can be taken from, (0, 1]; their mean."""
         shapes = np.array([self.store.cases[index].shape for index in indices])
         placed = self.window if self.crop == "window" else self.patch
@@ -71,22 +72,22 @@ class Patches(Dataset):
         "read" is the case whose voxels these are: another than "case" where that could not be read; "bad" says so.
         """
         epoch, index = where
-        bad = []
-        for position in self._in_turn(epoch, index):
+        errors = []
+        for position in self._case_and_replacements(epoch, index):
             case = self.store.cases[position]
             try:
-                found = {"read": position, "bad": [f"{text}; {case.id} in its place" for text in bad]}
-                return self._read(epoch, index, case) | found
+                replaced = [f"{text}; {case.id} in its place" for text in errors]
+                return self._read(epoch, index, case) | {"read": position, "bad": replaced}
             except Exception as error:  # handed to the training process, which names the case instead of a dead worker
-                told = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
-                bad.append(f"case {case.id} of {self.store.path}: {told}")
+                reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+                errors.append(f"case {case.id} of {self.store.path}: {reason}")
                 if _of_the_machine(error):
-                    return ValueError(bad[-1])
+                    return ValueError(errors[-1])
         if self.replace_by is None:
-            return ValueError(f"{bad[0]} (--on-bad-case skip takes another case instead)")
-        return ValueError(f"{len(bad)} cases in a row cannot be read, too many to go on: {'; '.join(bad)}")
+            return ValueError(f"{errors[0]} (`on_bad_case` skip takes another case instead)")
+        return ValueError(f"{len(errors)} cases in a row cannot be read, too many to go on: {'; '.join(errors)}")
 
-    def _in_turn(self, epoch: int, index: int) -> Iterator[int]:
+    def _case_and_replacements(self, epoch: int, index: int) -> Iterator[int]:
         """The case asked for, then those that may stand in for it."""
         yield index
         if self.replace_by is not None:
@@ -153,9 +154,6 @@ class Patches(Dataset):
         channels = self.store.properties(case.id)["intensity"]
         lows = [(c["min"] - c["mean"]) / c["std"] if mode == "zscore" else c["min"] for c in channels if c]
         return min(lows)
-
-
-CROPS = ("window", "patch")
 
 
 # Of 100 visits to a bad case, 6 end the run where half of the cases are bad, 0.01 where a tenth is, none below.

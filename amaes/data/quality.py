@@ -1,10 +1,10 @@
-"""Quality control of a store: statistics of every case, those unlike the others, and contact sheets to look at.
+"""Quality control of a store: statistics of every case, cases unlike the others, and sheets of slices to look at.
 
     python -m amaes.preprocess --qc STORE [--out FOLDER]
 
-FOLDER/qc.json              statistics of every channel of every case; those worth a look, with the reasons
+FOLDER/qc.json              statistics of every channel of every case; cases worth a look, with the reasons
 FOLDER/qc.csv               the statistics as a table
-FOLDER/sheet-SOURCE-N.png   three middle slices per case, those worth a look first (needs matplotlib)
+FOLDER/sheet-SOURCE-N.png   three middle slices per case, cases worth a look first (needs matplotlib)
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import io
 import math
 import re
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,52 +23,53 @@ import numpy as np
 from tqdm import tqdm
 
 from amaes.data.store import Case, Store
-from amaes.files import write_json, write_text, written_whole
+from amaes.files import write_json, write_text
+from amaes.pictures import Panel, Row, centred, middle_slices, write_sheet
 
 FORMAT = "amaes-qc-1"
-SAMPLES = 100_000  # voxels of a channel that the statistics are made of, about
-FAINT = 1e-3  # of the range: what interpolation leaves in an empty background is below it
-MIN_GROUP = 6  # rows of one source and sequence, from which they are compared
+SAMPLES = 100_000  # about so many voxels of a channel go into the statistics
+FAINT = 1e-3  # share of the range; values that interpolation leaves in an empty background are below it
+MIN_GROUP = 6  # smaller groups of images of one source and sequence are not compared
 LIMIT = 5.0  # robust z-score from which a value is unlike the others
-OTHERS = 128  # cases of a source that are drawn besides those worth a look
-PER_PAGE, COLUMNS, TILE = 64, 4, 96  # cases per sheet and per row; pixels per slice
+OTHERS = 128  # images of a source that are drawn besides those worth a look
+PER_PAGE, COLUMNS, TILE = 64, 4, 96  # images per sheet and per row; pixels per slice
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A statistic that is compared: what it is, its unit, and the spread below which differences do not matter."""
+class Statistic:
+    """A statistic that is compared between images."""
 
-    text: str
+    text: str  # what it is
     unit: str
-    least: float
+    min_spread: float  # the spread of a group counts as at least this
 
 
-MEASURES = {
-    "fov_x_mm": Measure("extent from left to right", "mm", 4.0),
-    "fov_y_mm": Measure("extent from back to front", "mm", 4.0),
-    "fov_z_mm": Measure("extent from foot to head", "mm", 4.0),
-    "spacing_x_mm": Measure("voxel size of the file from left to right", "mm", 0.1),
-    "spacing_y_mm": Measure("voxel size of the file from back to front", "mm", 0.1),
-    "spacing_z_mm": Measure("voxel size of the file from foot to head", "mm", 0.1),
-    "foreground_fraction": Measure("share of the volume that is foreground", "", 0.02),
-    "background_nonzero": Measure("share of the corners that is not empty", "", 0.05),
-    "mean": Measure("mean of the foreground", "", 0.02),
-    "sd": Measure("standard deviation of the foreground", "", 0.01),
-    "p50": Measure("median of the foreground", "", 0.02),
-    "p95": Measure("95th percentile of the foreground", "", 0.02),
+COMPARED = {
+    "fov_x_mm": Statistic("extent from left to right", "mm", 4.0),
+    "fov_y_mm": Statistic("extent from back to front", "mm", 4.0),
+    "fov_z_mm": Statistic("extent from foot to head", "mm", 4.0),
+    "spacing_x_mm": Statistic("voxel size of the file from left to right", "mm", 0.1),
+    "spacing_y_mm": Statistic("voxel size of the file from back to front", "mm", 0.1),
+    "spacing_z_mm": Statistic("voxel size of the file from foot to head", "mm", 0.1),
+    "foreground_fraction": Statistic("share of the volume that is foreground", "", 0.02),
+    "background_nonzero": Statistic("share of the corners that is not empty", "", 0.05),
+    "mean": Statistic("mean of the foreground", "", 0.02),
+    "sd": Statistic("standard deviation of the foreground", "", 0.01),
+    "p50": Statistic("median of the foreground", "", 0.02),
+    "p95": Statistic("95th percentile of the foreground", "", 0.02),
 }
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
 
 
-def measure(store: Store, case: Case) -> list[dict]:
+def case_statistics(store: Store, case: Case) -> list[dict]:
     """One row of plain data per channel of a case, from every k-th voxel along each axis, about 100,000 in all.
 
-    Foreground is what exceeds the smallest value by a thousandth of the range. `background_nonzero` is the share of
-    foreground in the eight corners (an eighth of each side): near 0 where the background was set to zero, as skull
-    stripping does, so that `stripped_guess` is a guess. `crop_touches` counts the sides, of six, on which the crop ends
-    where the file does: what it shows may go on outside.
+    Foreground is every voxel that exceeds the smallest value by more than a thousandth of the range.
+    `background_nonzero` is the share of foreground in the eight corners of the volume (an eighth of each side): near 0
+    where the background was set to zero, as skull stripping does, so `stripped_guess` is a guess. `crop_touches` counts
+    the sides, of six, on which the crop ends where the file does: the anatomy may go on outside.
 
     Raises:
         FileNotFoundError, ValueError: the case cannot be read.
@@ -77,34 +78,34 @@ def measure(store: Store, case: Case) -> list[dict]:
     step = max(1, round((math.prod(case.shape) / SAMPLES) ** (1 / 3)))
     sampled = image[(slice(None), *[slice(min(step // 2, side - 1), None, step) for side in case.shape])]
     spacing = properties.get("ras_spacing") or [None] * 3
-    place = {
+    of_case = {
         "id": case.id,
         "subject": case.subject,
         "source": source_of(case),
         **{f"fov_{a}_mm": side * mm for a, side, mm in zip("xyz", case.shape, store.config["spacing"], strict=True)},
         **{f"spacing_{a}_mm": mm for a, mm in zip("xyz", spacing, strict=True)},
-        "crop_touches": _touches(properties.get("crop_box"), properties.get("ras_shape")),
+        "crop_touches": _crop_touches(properties.get("crop_box"), properties.get("ras_shape")),
     }
     return [
-        {**place, "channel": channel, "sequence": case.sequence or channel, **_statistics(volume.astype(np.float32))}
+        {**of_case, "channel": channel, "sequence": case.sequence or channel, **_statistics(volume.astype(np.float32))}
         for channel, volume in zip(store.channels, sampled, strict=True)
     ]
 
 
 def source_of(case: Case) -> str:
-    """The data set of a case: the first part of its id, where that is not the subject; else "all"."""
+    """The data set of a case: the first part of its id if that is not the subject, else "all"."""
     first, separator, _ = case.id.partition("/")
     return first if separator and first != case.subject else "all"
 
 
-def _touches(box: Sequence | None, shape: Sequence | None) -> int | None:
+def _crop_touches(box: Sequence | None, shape: Sequence | None) -> int | None:
     if not box or not shape:
         return None
     return sum((start == 0) + (stop == side) for (start, stop), side in zip(box, shape, strict=True))
 
 
 def _statistics(volume: np.ndarray) -> dict:
-    """Of the sampled voxels, (X, Y, Z)."""
+    """Intensities of the sampled voxels, (X, Y, Z)."""
     finite = np.isfinite(volume)
     values = volume[finite]
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
@@ -135,16 +136,16 @@ def _statistics(volume: np.ndarray) -> dict:
 def outliers(rows: Sequence[dict], unit_range: bool = True) -> list[dict]:
     """Rows unlike the others of their source and sequence, the most unlike first.
 
-    A value v is unlike where |v - median| / (1.4826 MAD) is at least 5, MAD = median of |v - median|. The divisor is
-    never less than the measure's `least`, so that among equal values small differences stay unnoticed.
+    A value v is unlike the others where |v - median| / (1.4826 MAD) is at least 5, MAD = median of |v - median|. The
+    divisor is never less than the statistic's `min_spread`, so that small differences among equal values do not count.
 
     Args:
-        rows: of `measure`.
+        rows: of `case_statistics`.
         unit_range: intensities must be in [0, 1].
 
     Returns:
-        {"id", "channel", "source", "sequence", "score", "reasons"}: the largest |z|, infinite (None) where a value is
-        wrong in itself, and a list of sentences.
+        {"id", "channel", "source", "sequence", "score", "reasons"}: the largest |z|, None where a value is wrong in
+        itself, and a list of sentences.
     """
     reasons: dict[int, list[tuple[float, str]]] = defaultdict(list)
     groups = defaultdict(list)
@@ -152,30 +153,37 @@ def outliers(rows: Sequence[dict], unit_range: bool = True) -> list[dict]:
         groups[row["source"], row["sequence"]].append(k)
         reasons[k] += [(math.inf, text) for text in _wrong(row, unit_range)]
     for members in groups.values():
-        if len(members) < MIN_GROUP:
-            continue
-        for name, kind in MEASURES.items():
+        for name, statistic in COMPARED.items() if len(members) >= MIN_GROUP else ():
             known = [k for k in members if rows[k][name] is not None]
-            values = np.array([rows[k][name] for k in known], np.float64)
-            middle = float(np.median(values)) if len(values) else 0.0
-            spread = max(1.4826 * float(np.median(np.abs(values - middle))), kind.least) if len(values) else 1.0
-            for k, value in zip(known, values.tolist(), strict=True):
-                z = (value - middle) / spread
-                if abs(z) >= LIMIT:
-                    unit = f" {kind.unit}" if kind.unit else ""
-                    text = f"{kind.text} {value:.3g}{unit}, median {middle:.3g}{unit} (z {z:+.1f})"
-                    reasons[k].append((abs(z), text))
-    found = []
-    for k, told in sorted(reasons.items(), key=lambda pair: -max((score for score, _ in pair[1]), default=0)):
-        if told:
-            told.sort(key=lambda pair: -pair[0])
-            place = {name: rows[k][name] for name in ("id", "channel", "source", "sequence")}
-            score = round(told[0][0], 2) if math.isfinite(told[0][0]) else None
-            found.append({**place, "score": score, "reasons": [text for _, text in told]})
-    return found
+            for k, z, text in _unlike_others([rows[k][name] for k in known], statistic):
+                reasons[known[k]].append((abs(z), text))
+    ranked = sorted((k for k in reasons if reasons[k]), key=lambda k: -max(score for score, _ in reasons[k]))
+    return [_entry(rows[k], reasons[k]) for k in ranked]
+
+
+def _entry(row: dict, scored: Sequence[tuple[float, str]]) -> dict:
+    """An entry of `outliers`: where it is, its largest score, and its reasons in that order."""
+    scored = sorted(scored, key=lambda pair: -pair[0])
+    place = {name: row[name] for name in ("id", "channel", "source", "sequence")}
+    score = round(scored[0][0], 2) if math.isfinite(scored[0][0]) else None
+    return {**place, "score": score, "reasons": [text for _, text in scored]}
+
+
+def _unlike_others(values: Sequence[float], statistic: Statistic) -> Iterable[tuple[int, float, str]]:
+    """Index, z-score and reason of every value that is unlike the others."""
+    if not values:
+        return
+    middle = float(np.median(values))
+    spread = max(1.4826 * float(np.median(np.abs(np.array(values, np.float64) - middle))), statistic.min_spread)
+    unit = f" {statistic.unit}" if statistic.unit else ""
+    for k, value in enumerate(values):
+        z = (value - middle) / spread
+        if abs(z) >= LIMIT:
+            yield k, z, f"{statistic.text} {value:.3g}{unit}, median {middle:.3g}{unit} (z {z:+.1f})"
 
 
 def _wrong(row: dict, unit_range: bool) -> Iterable[str]:
+    """What is wrong with an image whatever the others are."""
     if row["nonfinite"]:
         yield "values that are not finite"
     if row["mean"] is None:
@@ -190,12 +198,12 @@ def _wrong(row: dict, unit_range: bool) -> Iterable[str]:
 
 
 def report(store: str | Path, out: str | Path | None = None, progress: bool = False) -> str:
-    """Measure all cases of a store, write qc.json, qc.csv and contact sheets; a summary of one screen.
+    """Examine all cases of a store, write qc.json, qc.csv and sheets of slices; returns a summary of one screen.
 
     Args:
         store: folder written by preprocessing.
         out: folder to write into; by default "qc" in the store.
-        progress: bars on stderr.
+        progress: show bars on stderr.
 
     Raises:
         FileNotFoundError, ValueError: no store there, or one without cases.
@@ -205,33 +213,36 @@ def report(store: str | Path, out: str | Path | None = None, progress: bool = Fa
         raise ValueError(f"{store.path}: the store has no cases")
     out = store.path / "qc" if out is None else Path(out)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: a file, expected a folder")
-    rows, unread = [], []
+        raise ValueError(f"`out` {out}: a file, expected a folder")
+    rows, unreadable = [], []
     for case in _bar(store.cases, "statistics", progress):
         try:
-            rows += measure(store, case)
+            rows += case_statistics(store, case)
         except (OSError, ValueError) as error:
-            told = {"channel": None, "source": source_of(case), "sequence": case.sequence, "score": None}
-            unread.append({"id": case.id, **told, "reasons": [f"cannot be read: {error}"]})
-    found = unread + outliers(rows, store.config["normalization"] == "unit")
+            place = {"id": case.id, "channel": None, "source": source_of(case), "sequence": case.sequence}
+            unreadable.append({**place, "score": None, "reasons": [f"cannot be read: {error}"]})
+    listed = unreadable + outliers(rows, store.config["normalization"] == "unit")
     content = {"format": FORMAT, "store": str(store.path.absolute()), "fingerprint": store.fingerprint}
-    write_json(out / "qc.json", {**content, "outliers": found, "cases": rows})
+    write_json(out / "qc.json", {**content, "outliers": listed, "cases": rows})
     _write_csv(out / "qc.csv", rows)
     try:
-        pages = draw(store, rows, found, out, progress)
-        drawn = f"{pages} contact sheets"
+        sheets = f"{write_sheets(store, rows, listed, out, progress)} contact sheets"
     except ImportError:
-        drawn = "no contact sheets, they need matplotlib: pip install 'amaes[plots]'"
-    lines = [f"{store.path}: {len(store.cases)} cases, {len({entry['id'] for entry in found})} worth a look"]
-    lines += [_line(entry) for entry in found[:20]]
-    lines += [f"  ... and {len(found) - 20} more in {out / 'qc.json'}"] if len(found) > 20 else []
-    groups = defaultdict(int)
-    for row in rows:
-        groups[row["source"], row["sequence"]] += 1
-    if few := [count for count in groups.values() if count < MIN_GROUP]:
-        text = f"fewer than {MIN_GROUP} of one source and sequence"
-        lines.append(f"  note: {sum(few)} images were not compared with others, {text}")
-    return "\n".join([*lines, f"qc.json and qc.csv in {out}; {drawn}"]) + "\n"
+        sheets = "no contact sheets, they need matplotlib: pip install 'amaes[plots]'"
+    return _summary(store, rows, listed, out, sheets)
+
+
+def _summary(store: Store, rows: Sequence[dict], listed: Sequence[dict], out: Path, sheets: str) -> str:
+    """What the command prints."""
+    lines = [f"{store.path}: {len(store.cases)} cases, {len({entry['id'] for entry in listed})} worth a look"]
+    lines += [_line(entry) for entry in listed[:20]]
+    lines += [f"  ... and {len(listed) - 20} more in {out / 'qc.json'}"] if len(listed) > 20 else []
+    groups = Counter((row["source"], row["sequence"]) for row in rows)
+    if alone := sum(count for count in groups.values() if count < MIN_GROUP):
+        lines.append(
+            f"  note: {alone} images were not compared with others, fewer than {MIN_GROUP} of one source and sequence"
+        )
+    return "\n".join([*lines, f"qc.json and qc.csv in {out}; {sheets}"]) + "\n"
 
 
 def _line(entry: dict) -> str:
@@ -248,100 +259,78 @@ def _write_csv(path: Path, rows: Sequence[dict]) -> None:
     write_text(path, text.getvalue())
 
 
-def _bar(items: Sequence, what: str, progress: bool) -> Iterable:
-    return tqdm(items, what, file=sys.stderr, leave=False, disable=None if progress else True)
+def _bar(items: Sequence, label: str, progress: bool) -> Iterable:
+    return tqdm(items, label, file=sys.stderr, leave=False, disable=None if progress else True)
 
 
 # Contact sheets -------------------------------------------------------------------------------------------------------
 
 
-def draw(store: Store, rows: Sequence[dict], found: Sequence[dict], out: Path, progress: bool = False) -> int:
-    """Write the contact sheets of every source, sheet-SOURCE-1.png, ...; how many there are.
+def write_sheets(store: Store, rows: Sequence[dict], listed: Sequence[dict], out: Path, progress: bool = False) -> int:
+    """Write the sheets of every source, sheet-SOURCE-1.png, ...; returns their number.
+
+    Args:
+        store: the images.
+        rows: of `case_statistics`.
+        listed: of `outliers`.
+        out: folder to write into; the sheets of an earlier run there are removed.
+        progress: show a bar on stderr.
 
     Raises:
-        ImportError: matplotlib is not there; nothing was written.
+        ImportError: matplotlib is not installed; nothing was written or removed.
     """
     import matplotlib  # noqa: F401  (before the sheets of an earlier run are removed)
 
     for old in out.glob("sheet-*-[0-9]*.png"):
         old.unlink()
-    reasons = {(entry["id"], entry["channel"]): entry["reasons"][0] for entry in found}
+    reasons = {(entry["id"], entry["channel"]): entry["reasons"][0] for entry in listed}
     sources = defaultdict(list)
     for row in rows:
         sources[row["source"]].append(row)
     pages = []
     for source, members in sorted(sources.items()):
-        chosen = drawn_rows(members, reasons)
-        count = math.ceil(len(chosen) / PER_PAGE)
+        drawn = drawn_rows(members, reasons)
+        count = math.ceil(len(drawn) / PER_PAGE)
         for page in range(count):
-            part = chosen[page * PER_PAGE : (page + 1) * PER_PAGE]
-            title = f"{source}: {len(chosen)} of {len(members)} images, sheet {page + 1} of {count}"
+            title = f"{source}: {len(drawn)} of {len(members)} images, sheet {page + 1} of {count}"
             name = re.sub(r"[^\w+-]+", "-", source)
-            pages.append((out / f"sheet-{name}-{page + 1}.png", title, part))
-    for path, title, part in _bar(pages, "sheets", progress):
-        _save_sheet(path, title, store, part, reasons)
+            pages.append((f"sheet-{name}-{page + 1}.png", title, drawn[page * PER_PAGE : (page + 1) * PER_PAGE]))
+    for name, title, part in _bar(pages, "sheets", progress):
+        _write_page(out / name, title, store, part, reasons)
     return len(pages)
 
 
-def drawn_rows(rows: Sequence[dict], reasons: dict) -> list[dict]:
-    """All rows worth a look, then at most 128 of the others, evenly spaced."""
+def drawn_rows(rows: Sequence[dict], reasons: Mapping[tuple, str]) -> list[dict]:
+    """All rows with a reason to look at them, then at most 128 of the others, evenly spaced."""
     striking = [row for row in rows if (row["id"], row["channel"]) in reasons]
     others = [row for row in rows if (row["id"], row["channel"]) not in reasons]
     count = min(OTHERS, len(others))
     return striking + [others[k * len(others) // count] for k in range(count)]
 
 
-def _save_sheet(path: Path, title: str, store: Store, rows: Sequence[dict], reasons: dict) -> None:
-    from matplotlib.figure import Figure
-
+def _write_page(path: Path, title: str, store: Store, rows: Sequence[dict], reasons: Mapping[tuple, str]) -> None:
     widest = max(row[f"fov_{axis}_mm"] for row in rows for axis in "xyz")
-    columns, lines = min(COLUMNS, len(rows)), math.ceil(len(rows) / COLUMNS)
-    height, width = TILE + 22, 3 * TILE + 8  # of a cell in pixels, with its caption
-    figure = Figure(figsize=(columns * width / 100, (lines * height + 30) / 100), dpi=100, facecolor="black")
-    heading = f"{title}; axial, coronal, sagittal, left of the subject on the left; {widest:.0f} mm a tile"
-    figure.text(0.01, 1 - 6 / (lines * height + 30), heading, color="white", fontsize=7, va="top")
-    sheet = np.zeros((lines * height, columns * width), np.float32)
-    axes = figure.add_axes((0, 0, 1, lines * height / (lines * height + 30)))
-    for k, row in enumerate(rows):
-        top, left = k // columns * height + 22, k % columns * width
-        sheet[top : top + TILE, left : left + 3 * TILE] = tiles(store, row, TILE / widest)
+    panels = []
+    for row in rows:
         reason = reasons.get((row["id"], row["channel"]))
-        color = "white" if reason is None else "orange"
         name = row["id"] if len(store.channels) == 1 else f"{row['id']} [{row['channel']}]"
-        axes.text(left + 2, top - 20, name[-48:], color=color, fontsize=6, va="top")
-        axes.text(left + 2, top - 11, (reason or "")[:72], color=color, fontsize=5, va="top")
-    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    axes.set_axis_off()
-    with written_whole(path) as file:
-        figure.savefig(file, format="png", facecolor="black")
+        caption = f"{name[-48:]}\n{reason or ' '}"
+        panels.append(Panel(slices(store, row, pixel=widest / TILE), caption, marked=reason is not None))
+    heading = f"{title}; axial, coronal, sagittal, left of the subject on the left; {widest:.0f} mm a tile"
+    write_sheet(path, heading, [Row("", panels[k : k + COLUMNS]) for k in range(0, len(panels), COLUMNS)])
 
 
-def tiles(store: Store, row: dict, scale: float) -> np.ndarray:
+def slices(store: Store, row: dict, pixel: float) -> np.ndarray:
     """The middle axial, coronal and sagittal slice side by side, (TILE, 3 TILE), black = 0, white = 1.
 
-    Voxels have their true proportions: `scale` pixels per mm. Anterior or superior is up; the sagittal slice looks to
-    the left.
-
     Args:
-        row: of `measure`: the case, the channel and its range.
+        store: the images.
+        row: of `case_statistics`: the case, the channel and its range.
+        pixel: side of a pixel, mm.
     """
     volume = store.image(row["id"])[store.channels.index(row["channel"])]
-    x, y, z = (side // 2 for side in volume.shape)
-    across, along, up = store.config["spacing"]
-    planes = (
-        (volume[:, :, z].T, (along, across)),
-        (volume[:, y, :].T, (up, across)),
-        (volume[x, ::-1, :].T, (up, along)),
-    )
     black, white = (0.0, 1.0) if store.config["normalization"] == "unit" else (row["min"], row["max"])
-    result = np.zeros((TILE, 3 * TILE), np.float32)
-    for k, (plane, sides) in enumerate(planes):
-        index = []
-        for side, mm in zip(plane.shape, sides, strict=True):
-            pixels = min(TILE, max(1, round(side * mm * scale)))
-            index.append((np.arange(pixels) + 0.5) * side / pixels)
-        small = plane[np.ix_(*(at.astype(int) for at in index))][::-1]  # up is up
-        top, left = (TILE - small.shape[0]) // 2, k * TILE + (TILE - small.shape[1]) // 2
-        shown = (np.asarray(small, np.float32) - black) / max(white - black, 1e-6)
-        result[top : top + small.shape[0], left : left + small.shape[1]] = shown
-    return np.nan_to_num(result)
+    tiles = [
+        centred(plane, (TILE, TILE), fill=black) for plane in middle_slices(volume, store.config["spacing"], pixel)
+    ]
+    return np.nan_to_num((np.concatenate(tiles, axis=1).astype(np.float32) - black) / max(white - black, 1e-6))

@@ -1,25 +1,27 @@
-"""Several stores as one: their cases in one list, their classes joined by name, and the order they are drawn in."""
+"""Several stores read as one: their cases in one list, their classes joined by name."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from itertools import count as numbers
 from pathlib import Path
 
 import numpy as np
 
-from amaes.data.classes import Classes
+from amaes.data.classes import Classes, labelled
+from amaes.data.splits import pretrain_split, saved_split
 from amaes.data.store import Store
 
 # What decides how a network sees a scan. Stores may differ in all else: label maps, precision, what was refused, ...
 _SAME = ("spacing", "normalization", "crop_from", "crop_extra_plane", "background_to_min")
 
 
-class Pool:
+class SeveralStores:
     """Several stores, read as if they were one (`amaes.data.store.Store`).
 
     Ids and subjects begin with the name of their store, that of its folder, so that they are unique; the same person in
@@ -77,23 +79,23 @@ class Pool:
 
     def declared(self, id: str) -> np.ndarray:
         """Which values the label of a case may hold, by its own store: (256,), bool."""
-        store, own = self.home(id)
-        return store.declared(own)
+        store, id_there = self.home(id)
+        return store.declared(id_there)
 
     def image(self, id: str) -> np.ndarray:
         """The memory-mapped volume of a case: (C, X, Y, Z), float32 or float16, [0, 1]."""
-        store, own = self.home(id)
-        return store.image(own)
+        store, id_there = self.home(id)
+        return store.image(id_there)
 
     def label(self, id: str) -> np.ndarray:
         """The memory-mapped label of a case: (X, Y, Z), uint8, with the values of its own store."""
-        store, own = self.home(id)
-        return store.label(own)
+        store, id_there = self.home(id)
+        return store.label(id_there)
 
     def properties(self, id: str) -> dict:
         """What preprocessing recorded of a case."""
-        store, own = self.home(id)
-        return store.properties(own)
+        store, id_there = self.home(id)
+        return store.properties(id_there)
 
     def groups(self, indices: Sequence[int]) -> list[list[int]]:
         """Positions of cases by store, for `MixedBatches`; stores without any are left out."""
@@ -103,21 +105,30 @@ class Pool:
         return [members[store] for store in sorted(members)]
 
 
-def open_stores(paths: Sequence[str | Path]) -> Store | Pool:
+def open_stores(paths: Sequence[str | Path]) -> Store | SeveralStores:
     """The store, or several of them as one."""
     stores = [Store(path) for path in paths]
-    return stores[0] if len(stores) == 1 else Pool(stores)
+    return stores[0] if len(stores) == 1 else SeveralStores(stores)
 
 
-def split_each(store: Store | Pool, draw: Callable[[Store], dict[str, list[str]]]) -> dict[str, list[str]]:
-    """The splits of all stores together: each is drawn, and saved, as if its store were alone."""
-    if isinstance(store, Store):
-        return draw(store)
-    split: dict[str, list[str]] = {}
-    for name, part in zip(store.names, store.stores, strict=True):
-        for side, ids in draw(part).items():
-            split.setdefault(side, []).extend(f"{name}/{id}" for id in ids)
-    return split
+def saved_pretrain_split(
+    store: Store | SeveralStores, *, fraction: float, seed: int, split_by: str, with_labels: bool = False
+) -> dict[str, list[str]]:
+    """Training and validation ids; of each store the split is drawn as if it were alone, and saved there.
+
+    Args:
+        store: one store or several.
+        fraction, seed, split_by: see `amaes.data.splits.pretrain_split`.
+        with_labels: only cases that have a label.
+    """
+    name = f"pretrain, {fraction} of volumes by {split_by}, seed {seed}"
+    split: dict[str, list[str]] = {"train": [], "validation": []}
+    one = isinstance(store, Store)
+    for prefix, part in [("", store)] if one else zip([f"{name}/" for name in store.names], store.stores, strict=True):
+        draw = partial(pretrain_split, part, fraction, seed, split_by)
+        for side, ids in saved_split(part, name, draw, by_subject=split_by == "subject").items():
+            split[side] += [f"{prefix}{id}" for id in ids]
+    return {side: labelled(store, ids) if with_labels else ids for side, ids in split.items()}
 
 
 def _check_same(first: Store, other: Store) -> None:
@@ -130,7 +141,7 @@ def _check_same(first: Store, other: Store) -> None:
         if first.config.get(name) != other.config.get(name):
             raise ValueError(
                 f"{other.path}: prepared with {name} {other.config.get(name)}, {first.path} with "
-                f"{first.config.get(name)}; preprocess both with the same --{name.replace('_', '-')}"
+                f"{first.config.get(name)}; preprocess both with the same `{name}`"
             )
 
 
@@ -138,13 +149,7 @@ def _unique_names(stores: Sequence[Store]) -> list[str]:
     """Names of the stores' folders, a number added where one is taken."""
     names: list[str] = []
     for store in stores:
-        own = store.path.resolve().name
-        choices = chain([own], (f"{own}-{number}" for number in numbers(2)))
+        folder = store.path.resolve().name
+        choices = chain([folder], (f"{folder}-{number}" for number in numbers(2)))
         names.append(next(name for name in choices if name not in names))
     return names
-
-
-# Classes --------------------------------------------------------------------------------------------------------------
-
-
-# Order ----------------------------------------------------------------------------------------------------------------

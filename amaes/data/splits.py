@@ -18,9 +18,6 @@ from amaes.files import read_json, write_json
 SPLITS_FORMAT = "amaes-splits-1"
 
 
-# Splits ---------------------------------------------------------------------------------------------------------------
-
-
 def pretrain_split(store: Store, fraction: float = 0.01, seed: int = 0, group: str = "subject") -> dict[str, list[str]]:
     """Training and validation ids: `ceil(fraction * n)` volumes for validation (arXiv 2408.00640: 1 %).
 
@@ -56,7 +53,7 @@ def fold_splits(store: Store, folds: int = 6, train_cases: int = 20, seed: int =
     """
     cases = [case for case in store.cases if case.labelled]
     if not cases:
-        raise ValueError(f"{store.path}: no labelled case; preprocess with --labels")
+        raise ValueError(f"{store.path}: no labelled case; preprocess with `labels`")
     splits: list[dict[str, list[str]]] = []
     for repetition in range(folds):  # a repetition gives at least one fold
         for chunk in _chunks(cases, train_cases, np.random.RandomState(1000 * (seed + 1) + repetition)):
@@ -70,7 +67,7 @@ def fold_splits(store: Store, folds: int = 6, train_cases: int = 20, seed: int =
             break
     subjects = len(_groups(cases, "subject"))
     raise ValueError(
-        f"--train-cases {train_cases}: {store.path} has {len(cases)} labelled cases of {subjects} subjects; "
+        f"`train_cases` {train_cases}: {store.path} has {len(cases)} labelled cases of {subjects} subjects; "
         "a fold needs that many for training and at least one subject more for testing"
     )
 
@@ -149,6 +146,3 @@ def _is_split(part: object) -> bool:
         and set(part) in ({"train", "validation"}, {"train", "test"})
         and all(isinstance(side, list) and all(isinstance(id, str) for id in side) for side in part.values())
     )
-
-
-# Patches --------------------------------------------------------------------------------------------------------------

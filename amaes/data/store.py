@@ -14,8 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from amaes.files import read_json
-
-STORE_FORMAT = "amaes-store-1"
+from amaes.preprocess.config import STORE_FORMAT
 
 
 @dataclass(frozen=True, slots=True)  # slots: a store may have 50,000 of them
@@ -68,8 +67,8 @@ class Store:
             digest = [content["config_hash"], self.channels, content["labels"], [_row(case) for case in self.cases]]
             self.fingerprint = hashlib.sha256(json.dumps(digest, sort_keys=True).encode()).hexdigest()[:16]
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            told = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"{index}: not a store's index ({told})") from None
+            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{index}: not a store's index ({reason})") from None
 
     @property
     def num_classes(self) -> int:

@@ -10,32 +10,33 @@ from multiprocessing.process import BaseProcess
 
 from amaes import hardware
 
-_USUALLY = {
+_USUAL_CAUSES = {
     "SIGKILL": "as the system does when memory runs out",
     "SIGBUS": "as happens when /dev/shm is full, or when a file shrinks or its disk fails while it is read",
 }
 
 
-def read_on(worker: int) -> None:
-    """Start of a worker: signals that reach every process of a job are for the training, which still needs batches.
+def ignore_job_signals(worker: int) -> None:
+    """Start of a worker: signals sent to all processes of a job are for the training, which still needs batches.
 
-    SIGTERM may also come from the training itself, as it ends: the worker obeys, if nothing else has ended it by then.
+    SIGTERM may also come from the training itself as it ends: the worker ends some seconds later, if it still runs.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # ends the process
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(OBEY_AFTER))
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(SIGTERM_GRACE_SECONDS))
 
 
-OBEY_AFTER = 30  # seconds, as many as torchrun gives
+SIGTERM_GRACE_SECONDS = 30  # as many as torchrun gives
 
 
 class Watch:
     """Keeps torch from interrupting the training for workers that are started inside the `with`; explains their end.
 
-    torch's DataLoader raises from a signal handler, wherever the main thread is at that moment; put back, its own check
-    of the workers, every five seconds while a batch is waited for, raises where the batch is asked for.
+    torch's DataLoader raises from a signal handler, wherever the main thread is at that moment. With the handler put
+    back, its own check of the workers (every five seconds while it waits for a batch) raises where the batch is asked
+    for.
     """
 
     def __enter__(self) -> Watch:
@@ -70,6 +71,8 @@ class Watch:
             how = "(pid {}) ended with status {}".format(*dead[0])
         else:
             name = signal.Signals(-dead[0][1]).name
-            how = f"(pid {dead[0][0]}) was killed by {name}" + (f", {_USUALLY[name]}" if name in _USUALLY else "")
+            how = f"(pid {dead[0][0]}) was killed by {name}" + (
+                f", {_USUAL_CAUSES[name]}" if name in _USUAL_CAUSES else ""
+            )
         shown = ", ".join(reading[:8]) + (f" and {len(reading) - 8} more" if len(reading) > 8 else "")
         return ChildProcessError(f"a process that reads patches {how}; being read: {shown}; {hardware.memory_advice()}")

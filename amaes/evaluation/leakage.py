@@ -1,7 +1,8 @@
 """Whether pretraining has seen what fine-tuning is tested on: subjects, equal images, near-duplicates.
 
-Three kinds of evidence, from names, from hashes of the preprocessed channels, and from thumbnails. A hash finds the
-same scan prepared in the same way: another crop, as of several channels cropped together, makes it another array.
+Begin with `check_run`, which train_finetune.py calls, and `find_leakage`. There are three kinds of evidence: names,
+hashes of the preprocessed channels, and thumbnails. A hash finds the same scan only where it was prepared in the same
+way: another crop, as of several channels cropped together, gives another array.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from amaes.data.store import Case, Store
 from amaes.files import write_json
 
 THUMBNAIL = 32  # voxels a side
-BLOCK = 256  # thumbnails of pretraining held at a time: 32 MB
+BLOCK = 256  # thumbnails of pretraining in memory at a time: 32 MB
 SEEN_BY_PUBLISHED = {  # part of a data set's name: what the paper says of it (arXiv 2408.00640, Table 1)
     "isles": "all 250 public cases of ISLES 2022 were seen, unlabelled",
     "wmh": "the training scans of the WMH challenge were seen, unlabelled; its test scans come from the same scanners",
@@ -37,15 +38,16 @@ SEEN_BY_PUBLISHED = {  # part of a data set's name: what the paper says of it (a
 
 @dataclass
 class Leakage:
-    """What was found, as plain data that `write_json` takes.
+    """What pretraining has seen of the test cases, as plain data that `write_json` takes.
 
     Attributes:
         subjects: subjects of test cases that pretraining has too, with the evidence.
-        same_images: channels of test cases that are, number for number, channels of pretraining cases.
+        same_images: channels of test cases that are equal to channels of pretraining cases in every voxel.
         near: the best match of a test channel, where its correlation reaches the threshold.
-        unclear: subjects of equal names, too short to tell (s01), of data sets not known to be one; not counted.
+        unclear: subjects of equal names that are too short to tell (s01), where it is not known whether the data sets
+            are the same; they are not counted.
         test_cases: ids that were looked for.
-        not_compared: cases without hash, of which none can be made, or that cannot be read.
+        not_compared: number of cases that cannot be read, or that have no hash and none can be computed.
     """
 
     subjects: list[dict] = field(default_factory=list)
@@ -78,54 +80,56 @@ class Leakage:
         return text
 
 
-def find(
+def find_leakage(
     store: Store, test: Collection[str], pretraining: Sequence[Store], near: float | None = None, progress: bool = False
 ) -> Leakage:
     """Look for the test cases of a store in the stores of pretraining.
 
-    Reads the index of the stores; the small JSON of cases that have the shape of a test case, as only those can be
-    equal (the array, float32 only, where the JSON has no hash); and with `near` every array.
+    Reads the index of every store, and the small JSON of the cases that have the shape of a test case, as only those
+    can be equal. Where the JSON has no hash, the array is read; it must be float32. With `near` every array is read.
 
     Args:
         store: of fine-tuning.
         test: ids of cases in it.
         pretraining: the stores.
-        near: correlation of 32^3 thumbnails, in (0, 1], from which two scans count as near-duplicates; None: not asked.
-        progress: bars on stderr.
+        near: correlation of 32^3 thumbnails, in (0, 1], from which two scans count as near-duplicates; None: thumbnails
+            are not compared.
+        progress: show progress bars on stderr.
     """
-    found = Leakage(test_cases=sorted(test))
-    cases = [store.cases[store.index(id)] for id in found.test_cases]
-    hashes = _hashes_of(store, cases, found)
-    thumbnails = None if near is None else _thumbnails(store, cases, found)
+    leakage = Leakage(test_cases=sorted(test))
+    cases = [store.cases[store.index(id)] for id in leakage.test_cases]
+    hashes = _hashes_of(store, cases, leakage)
+    channels, thumbnails = ([], None) if near is None else _thumbnails(store, cases, leakage)
     for other in pretraining:
-        _compare_subjects(store, cases, other, found)
-        _compare_hashes(hashes, {case.shape for case in cases}, other, found, progress)
+        _compare_subjects(store, cases, other, leakage)
+        _compare_hashes(hashes, {case.shape for case in cases}, other, leakage, progress)
         if thumbnails is not None:
-            _compare_thumbnails(*thumbnails, other, near, found, progress)
-    return found
+            _compare_thumbnails(channels, thumbnails, other, near, leakage, progress)
+    return leakage
 
 
 # Subjects -------------------------------------------------------------------------------------------------------------
 
 
-def _compare_subjects(store: Store, cases: Sequence[Case], other: Store, found: Leakage) -> None:
+def _compare_subjects(store: Store, cases: Sequence[Case], other: Store, leakage: Leakage) -> None:
+    """Add the subjects of the test cases that the other store has too."""
     same_store = store.path.resolve() == other.path.resolve() or store.fingerprint == other.fingerprint
     known = defaultdict(set)
     for case in other.cases:
-        known[_name(case.subject)[-1]].add(case.subject)
+        known[_subject_parts(case.subject)[-1]].add(case.subject)
     members = defaultdict(list)
     for case in cases:
         members[case.subject].append(case.id)
     for subject, ids in members.items():
-        for candidate in sorted(known.get(_name(subject)[-1], ())):
-            sure, evidence = _same_subject(_name(subject), _name(candidate), same_store)
+        for candidate in sorted(known.get(_subject_parts(subject)[-1], ())):
+            sure, evidence = _same_subject(_subject_parts(subject), _subject_parts(candidate), same_store)
             entry = {"test": subject, "pretraining": candidate, "store": str(other.path), "evidence": evidence}
             if evidence:
-                (found.subjects if sure else found.unclear).append(entry | {"test_cases": ids})
+                (leakage.subjects if sure else leakage.unclear).append(entry | {"test_cases": ids})
 
 
-def _name(subject: str) -> tuple[str, ...]:
-    """The components of a subject, without what differs by habit: capitals, "sub-", the kind of separator."""
+def _subject_parts(subject: str) -> tuple[str, ...]:
+    """The components of a subject (DATASET/NAME), without capitals, "sub-" and the kind of separator."""
     parts = [re.sub(r"[^a-z0-9]+", "-", part.casefold()).removeprefix("sub-") for part in subject.split("/")]
     return tuple(parts)
 
@@ -158,21 +162,22 @@ def _compare_hashes(
     hashes: dict[str, list[tuple[Case, str]]],
     shapes: set[tuple[int, int, int]],
     other: Store,
-    found: Leakage,
+    leakage: Leakage,
     progress: bool,
 ) -> None:
+    """Add the channels whose hashes occur among `hashes`, those of the test cases."""
     cases = [case for case in other.cases if case.shape in shapes]
-    for case in _bar(cases, "hashes", progress):
-        for digest, members in _hashes_of(other, [case], found).items():
+    for case in _progress_bar(cases, "hashes", progress):
+        for digest, members in _hashes_of(other, [case], leakage).items():
             for test, test_channel in hashes.get(digest, ()):
                 if digest == _hash_of_zeros(case.shape):  # a missing channel, equal in all cases of a shape
                     continue
                 for _, channel in members:
                     entry = {"test": test.id, "channel": test_channel, "pretraining": case.id}
-                    found.same_images.append(entry | {"pretraining_channel": channel, "store": str(other.path)})
+                    leakage.same_images.append(entry | {"pretraining_channel": channel, "store": str(other.path)})
 
 
-def _hashes_of(store: Store, cases: Sequence[Case], found: Leakage) -> dict[str, list[tuple[Case, str]]]:
+def _hashes_of(store: Store, cases: Sequence[Case], leakage: Leakage) -> dict[str, list[tuple[Case, str]]]:
     """{SHA-256 of a channel's float32 array in C order: (case, channel) that have it}."""
     result = defaultdict(list)
     for case in cases:
@@ -180,16 +185,16 @@ def _hashes_of(store: Store, cases: Sequence[Case], found: Leakage) -> dict[str,
             digests = store.properties(case.id).get("channel_sha256")
             if not isinstance(digests, list) or len(digests) != len(store.channels):
                 digests = _hashes_of_array(store.image(case.id))
-        except (OSError, ValueError):  # whoever needs the case names it
+        except (OSError, ValueError):  # not our task to report: fine-tuning names the case when it reads it
             digests = []
-        found.not_compared += not digests
+        leakage.not_compared += not digests
         for digest, channel in zip(digests, store.channels, strict=False):
             result[digest].append((case, channel))
     return result
 
 
 def _hashes_of_array(image: np.ndarray) -> list[str]:
-    """Of each channel; none where the array was rounded to float16."""
+    """The hash of each channel; none where the array was rounded to float16."""
     if image.dtype != np.float32:
         return []
     return [hashlib.sha256(np.ascontiguousarray(channel)).hexdigest() for channel in image]
@@ -204,44 +209,49 @@ def _hash_of_zeros(shape: tuple[int, int, int]) -> str:
 
 
 def _compare_thumbnails(
-    cases: list[tuple[Case, str]], thumbnails: np.ndarray, other: Store, near: float, found: Leakage, progress: bool
+    channels: list[tuple[Case, str]],
+    thumbnails: np.ndarray,
+    other: Store,
+    near: float,
+    leakage: Leakage,
+    progress: bool,
 ) -> None:
-    """The best match of every row of `thumbnails`, (N, 32^3), block by block."""
-    best, match = np.full(len(cases), -np.inf, np.float32), [("", "")] * len(cases)
+    """Add the best match of every test channel, a row of `thumbnails` (N, 32^3), where it reaches `near`."""
+    best, match = np.full(len(channels), -np.inf, np.float32), [("", "")] * len(channels)
     per_block = max(1, BLOCK // len(other.channels))
-    bar = _bar(other.cases, "thumbnails", progress)
+    bar = _progress_bar(other.cases, "thumbnails", progress)
     while block := list(islice(bar, per_block)):
-        members, theirs = _thumbnails(other, block, found)
-        if not members:
+        other_channels, other_thumbnails = _thumbnails(other, block, leakage)
+        if not other_channels:
             continue
-        correlation = thumbnails @ theirs.T  # (N, block)
+        correlation = thumbnails @ other_thumbnails.T  # (N, block)
         winner = correlation.argmax(axis=1)
         for row in np.flatnonzero(correlation.max(axis=1) > best):
-            case, channel = members[winner[row]]
+            case, channel = other_channels[winner[row]]
             best[row], match[row] = correlation[row, winner[row]], (case.id, channel)
     for row in np.flatnonzero(best >= near - 1e-6):  # a duplicate's correlation may round to below 1
-        entry = {"test": cases[row][0].id, "channel": cases[row][1], "pretraining": match[row][0]}
+        entry = {"test": channels[row][0].id, "channel": channels[row][1], "pretraining": match[row][0]}
         entry |= {"pretraining_channel": match[row][1], "store": str(other.path)}
-        found.near.append(entry | {"correlation": round(float(best[row]), 4)})
+        leakage.near.append(entry | {"correlation": round(float(best[row]), 4)})
 
 
-def _thumbnails(store: Store, cases: Sequence[Case], found: Leakage) -> tuple[list[tuple[Case, str]], np.ndarray]:
+def _thumbnails(store: Store, cases: Sequence[Case], leakage: Leakage) -> tuple[list[tuple[Case, str]], np.ndarray]:
     """(case, channel) and a row of unit length for each, (N, 32^3) float32; constant channels are left out."""
-    members, rows = [], []
+    channels, rows = [], []
     for case in cases:
         try:
             image = store.image(case.id)
         except (OSError, ValueError):
-            found.not_compared += 1
+            leakage.not_compared += 1
             continue
         for channel, volume in zip(store.channels, image, strict=True):
             row = thumbnail(volume).ravel()
             row -= row.mean()
             length = np.linalg.norm(row)
             if np.isfinite(length) and length > 1e-6:
-                members.append((case, channel))
+                channels.append((case, channel))
                 rows.append(row / length)
-    return members, np.array(rows, np.float32).reshape(len(rows), THUMBNAIL**3)
+    return channels, np.array(rows, np.float32).reshape(len(rows), THUMBNAIL**3)
 
 
 def thumbnail(volume: np.ndarray) -> np.ndarray:
@@ -255,7 +265,7 @@ def thumbnail(volume: np.ndarray) -> np.ndarray:
     return volume
 
 
-def _bar(cases: Sequence[Case], what: str, progress: bool) -> Iterator[Case]:
+def _progress_bar(cases: Sequence[Case], what: str, progress: bool) -> Iterator[Case]:
     return iter(tqdm(cases, what, unit="case", file=sys.stderr, leave=False, disable=None if progress else True))
 
 
@@ -263,7 +273,7 @@ def _bar(cases: Sequence[Case], what: str, progress: bool) -> Iterator[Case]:
 
 
 def trained_on(content: dict) -> list[str]:
-    """The stores that a checkpoint says it was trained on; none where it does not tell."""
+    """The stores that a checkpoint says it was trained on; none where it does not say."""
     provenance = content.get("provenance")
     options = provenance.get("options") if isinstance(provenance, dict) else None
     data = options.get("data") if isinstance(options, dict) else None
@@ -286,11 +296,11 @@ def check_run(
         store: of fine-tuning.
         test: ids of its cases that some fold is tested on.
         weights: the checkpoint whose encoder is taken.
-        pretraining: the stores it was trained on; none: those that the checkpoint names.
-        near: of `find`.
+        pretraining: the stores that it was trained on; none: those that the checkpoint names.
+        near: of `find_leakage`.
 
     Returns:
-        Whether something was found, and a line that says what, or why it was not looked for.
+        Whether pretraining has seen a test case, and a line that says which, or why it was not checked.
     """
     report = folder / "leakage.json"
     report.unlink(missing_ok=True)  # of an earlier start
@@ -298,26 +308,28 @@ def check_run(
         names = trained_on(checkpoint.read(weights))
         absent = [name for name in names if name == "demo" or not (Path(name) / "dataset.json").is_file()]
         if not names or absent:
-            return False, f"{_unknown(weights, absent)}: whether they saw the test cases was NOT checked; " + "; ".join(
-                ["--pretrain-data STORE compares with a store", *([] if names else published_notes(store))]
+            remarks = ["`pretrain_data` STORE compares with a store", *([] if names else published_notes(store))]
+            return False, (
+                f"{_unknown_origin(weights, absent)}: whether they saw the test cases was NOT checked; "
+                + "; ".join(remarks)
             )
         pretraining = [Store(name) for name in names]
-    found = find(store, test, pretraining, near, progress=True)
-    write_json(
-        report, {"pretraining": [str(other.path) for other in pretraining], "near_duplicates": near, **asdict(found)}
-    )
-    warning = "WARNING: " if found.seen else ""
-    return bool(found.seen), f"{warning}{found}; full list: {report}"
+    leakage = find_leakage(store, test, pretraining, near, progress=True)
+    stores = [str(other.path) for other in pretraining]
+    write_json(report, {"pretraining": stores, "near_duplicates": near, **asdict(leakage)})
+    warning = "WARNING: " if leakage.seen else ""
+    return bool(leakage.seen), f"{warning}{leakage}; full list: {report}"
 
 
-def _unknown(weights: Path, absent: Sequence[str]) -> str:
+def _unknown_origin(weights: Path, absent: Sequence[str]) -> str:
+    """Why it is not known what weights have seen: no store is named, or the first of the absent ones."""
     if not absent:
         return f"{weights} does not tell what its weights were trained on"
-    what = "synthetic heads (demo)" if absent[0] == "demo" else f"{absent[0]}, which is not on this machine"
-    return f"the weights of {weights} were trained on {what}"
+    data = "synthetic heads (demo)" if absent[0] == "demo" else f"{absent[0]}, which is not on this machine"
+    return f"the weights of {weights} were trained on {data}"
 
 
 def published_notes(store: Store) -> list[str]:
-    """What the paper's corpus has of the data set that a store seems to hold, by its name and its cases' ids."""
+    """What the paper's corpus holds of the data set that a store seems to be, by its name and the ids of its cases."""
     text = f"{store.path.name} {store.cases[0].id if store.cases else ''}".casefold()
     return [f"the published AMAES weights: {note}" for name, note in SEEN_BY_PUBLISHED.items() if name in text]

@@ -1,112 +1,181 @@
-"""The tables of architectures and decoders, and the functions that build networks from their names."""
+"""Sizes of the networks, the tables of what can be built by name, and the functions that build.
+
+The tables' keys are the choices of the command line. Torch and the classes are imported when something is built, so
+that a command's help does not wait for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import nn
+from amaes.choices import GRN_DIVISORS, MERGINGS
 
-from amaes.models.decoder import LightDecoder, UNetDecoder
-from amaes.models.mednext import SIZES, MedNeXt, MedNeXtDecoder
-from amaes.models.ops import GRN_DIVISORS
-from amaes.models.swin_heads import SwinHeads
-from amaes.models.swin_unetr import MERGING, SwinUNETR
-from amaes.models.swin_unetr import WIDTHS as SWIN_WIDTHS
-from amaes.models.unet import WIDTHS, UNet
+if TYPE_CHECKING:
+    from torch import nn
+
+    from amaes.models.network import Network
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+# Width: channels at full resolution, of Swin encoders those of the first stage. They double at each stage.
+UNETS: dict[str, dict] = {"unet_tiny": {"width": 8}, "unet_b": {"width": 32}, "unet_xl": {"width": 64}}
+SWINS: dict[str, dict] = {"swin_unetr": {"width": 48}, "swin_tiny": {"width": 12}}
+
+# Depths (blocks) and ratios (expansion) of the stages from full resolution to the bottleneck; decoders mirror them.
+_S = {"width": 32, "depths": (2, 2, 2, 2, 2), "ratios": (2, 2, 2, 2, 2)}
+_B = {"width": 32, "depths": (2, 2, 2, 2, 2), "ratios": (2, 3, 4, 4, 4)}
+_M = {"width": 32, "depths": (3, 4, 4, 4, 4), "ratios": (2, 3, 4, 4, 4)}
+_L = {"width": 32, "depths": (3, 4, 8, 8, 8), "ratios": (3, 4, 8, 8, 8)}
+_MEDNEXT_V1 = {"mednext_s": _S, "mednext_b": _B, "mednext_m": _M, "mednext_l": _L}
+MEDNEXTS: dict[str, dict] = {
+    **_MEDNEXT_V1,
+    **{f"{name}_k5": size | {"kernel_size": 5} for name, size in _MEDNEXT_V1.items()},
+    "mednext_v2_base": _L | {"grn": "mean"},
+    "mednext_v2_wide": _L | {"grn": "mean", "width": 64},
+}
+
+
+# Encoders -------------------------------------------------------------------------------------------------------------
+
+
+def _unet(in_channels: int = 1, **size) -> nn.Module:
+    from amaes.models.unet import UNet
+
+    return UNet(in_channels, **size)
+
+
+def _mednext(in_channels: int = 1, **size) -> nn.Module:
+    from amaes.models.mednext import MedNeXt
+
+    return MedNeXt(in_channels, **size)
+
+
+def _swin(in_channels: int = 1, **size) -> nn.Module:
+    from amaes.models.swin_unetr import SwinUNETR
+
+    return SwinUNETR(in_channels, **size)
+
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(UNet, width=width) for name, width in WIDTHS.items()},
-    **{name: partial(MedNeXt, **size) for name, size in SIZES.items()},
-    **{name: partial(SwinUNETR, width=width) for name, width in SWIN_WIDTHS.items()},
+    **{name: partial(_unet, **size) for name, size in UNETS.items()},
+    **{name: partial(_mednext, **size) for name, size in MEDNEXTS.items()},
+    **{name: partial(_swin, **size) for name, size in SWINS.items()},
 }
 
 # Options of encoders that keep every shape and change the mathematics: name -> (architectures, accepted values).
 ENCODER_OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "merging": (tuple(SWIN_WIDTHS), tuple(MERGING)),
-    "grn": (tuple(name for name, size in SIZES.items() if "grn" in size), GRN_DIVISORS),
+    "merging": (tuple(SWINS), MERGINGS),
+    "grn": (tuple(name for name, size in MEDNEXTS.items() if "grn" in size), GRN_DIVISORS),
 }
 
-# An encoder whose family has its own form of a decoder brings it, under the same name, as `encoder.decoders`.
-RECONSTRUCTION_DECODERS: dict[str, Callable[..., nn.Module]] = {"light": LightDecoder, "standard": UNetDecoder}
-SEGMENTATION_DECODERS: dict[str, Callable[..., nn.Module]] = {"unet": UNetDecoder, "mednext": MedNeXtDecoder}
 
-
-class Network(nn.Module):
-    """An encoder and a decoder, or other heads, that reads its features.
-
-    Raises:
-        ValueError: the decoder was built for other channels; (forward) wrong number of channels, a side that is not a
-            multiple of the encoder's stride, or an image that shrinks to a single voxel, which has no statistics.
-    """
-
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, in_channels: int) -> None:
-        super().__init__()
-        if tuple(decoder.channels) != tuple(encoder.channels):
-            raise ValueError(f"a decoder of channels {decoder.channels} for an encoder of channels {encoder.channels}")
-        self.encoder = encoder
-        self.decoder = decoder
-        self.in_channels = in_channels
-        self.stride = encoder.strides[-1]
-
-    def checkpoint_activations(self, on: bool = True) -> list[nn.Module]:
-        """Keep only the input of each stage for the backward pass, which runs it again: less memory, same numbers.
-
-        Returns:
-            The modules that were run that way before this call.
-        """
-        was_on = self.encoder.checkpoint_activations
-        self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = on
-        names = ("stages", "downs", "ups", "laterals")
-        parts = (self.encoder, self.decoder) if was_on else ()
-        return [module for part in parts for name in names for module in getattr(part, name, ())]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]:
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"the network takes {self.in_channels} channels, got {x.shape[1]}")
-        sides = tuple(x.shape[2:])
-        if any(side % self.stride for side in sides):
-            raise ValueError(f"sides {sides} must be multiples of {self.stride}")
-        if all(side == self.stride for side in sides):
-            raise ValueError(f"sides {sides}: at least one must be {2 * self.stride} or more")
-        return self.decoder(self.encoder(x))
-
-
-def build_encoder(arch: str, in_channels: int = 1, **options: str) -> nn.Module:
-    """The encoder named `arch` (a key of ARCHITECTURES).
+def build_encoder(arch: str, in_channels: int = 1, **options: str | None) -> nn.Module:
+    """The encoder named `arch`.
 
     Args:
         arch: a key of ARCHITECTURES.
         in_channels: channels of the image.
-        options: of that encoder, see ENCODER_OPTIONS; None is its default.
+        options: options of that encoder, see ENCODER_OPTIONS; None is the encoder's default.
+
+    Raises:
+        ValueError: unknown `arch` or option, or an option or value that the encoder does not have.
     """
-    make = _pick(ARCHITECTURES, "arch", arch)
+    builder = _pick(ARCHITECTURES, "`arch`", arch)
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         archs, accepted = _pick(ENCODER_OPTIONS, "option", name)
         if arch not in archs:
-            raise ValueError(f"{name} {value!r}: {arch} has no such option; those that have it: {', '.join(archs)}")
+            raise ValueError(f"`{name}` {value!r}: {arch} has no such option; those that have it: {', '.join(archs)}")
         if value not in accepted:
-            raise ValueError(f"{name} {value!r} is unknown; accepted: {', '.join(accepted)}")
-    return make(in_channels, **given)
+            raise ValueError(f"`{name}` {value!r} is unknown; accepted: {', '.join(accepted)}")
+    return builder(in_channels, **given)
+
+
+# Decoders and heads ---------------------------------------------------------------------------------------------------
+
+
+def _light_decoder(channels: Sequence[int], strides: Sequence[int], out_channels: int, skips: bool) -> nn.Module:
+    from amaes.models.decoder import LightDecoder
+
+    return LightDecoder(channels, strides, out_channels, skips=skips)
+
+
+def _standard_decoder(channels: Sequence[int], strides: Sequence[int], out_channels: int, skips: bool) -> nn.Module:
+    from amaes.models.decoder import UNetDecoder
+
+    return UNetDecoder(channels, strides, out_channels, skips=skips)
+
+
+def _unet_decoder(
+    channels: Sequence[int], strides: Sequence[int], num_classes: int, deep_supervision: bool
+) -> nn.Module:
+    from amaes.models.decoder import UNetDecoder
+
+    return UNetDecoder(channels, strides, num_classes, deep_supervision=deep_supervision)
+
+
+def _mednext_decoder(
+    channels: Sequence[int], strides: Sequence[int], num_classes: int, deep_supervision: bool
+) -> nn.Module:
+    from amaes.models.mednext import MedNeXtDecoder
+
+    return MedNeXtDecoder(channels, strides, num_classes, deep_supervision=deep_supervision)
+
+
+def _vae_head(widths: Sequence[int]) -> list[nn.Module]:
+    from amaes.models.swin_heads import vae_stages
+
+    return vae_stages(widths)
+
+
+def _deconv_head(widths: Sequence[int]) -> list[nn.Module]:
+    from amaes.models.swin_heads import deconv_stages
+
+    return deconv_stages(widths)
+
+
+def _large_kernel_deconv_head(widths: Sequence[int]) -> list[nn.Module]:
+    from amaes.models.swin_heads import large_kernel_deconv_stages
+
+    return large_kernel_deconv_stages(widths)
+
+
+RECONSTRUCTION_DECODERS: dict[str, Callable[..., nn.Module]] = {"light": _light_decoder, "standard": _standard_decoder}
+# An encoder whose family has its own form of one of these brings it, under the same name, as `encoder.decoders`.
+SEGMENTATION_DECODERS: dict[str, Callable[..., nn.Module]] = {"unet": _unet_decoder, "mednext": _mednext_decoder}
+# Stages of the reconstruction head of `SwinHeads`, from its widths: the deepest first, the image's channels last.
+RECONSTRUCTION_HEADS: dict[str, Callable[[Sequence[int]], list[nn.Module]]] = {
+    "vae": _vae_head,
+    "deconv": _deconv_head,
+    "large_kernel_deconv": _large_kernel_deconv_head,
+}
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
 
 
 def build_autoencoder(
-    arch: str, in_channels: int = 1, decoder: str = "light", skips: bool = False, **options: str
+    arch: str, in_channels: int = 1, decoder: str = "light", skips: bool = False, **options: str | None
 ) -> Network:
     """Encoder and reconstruction decoder: (B, C, X, Y, Z) to the same shape.
 
     Args:
         arch: a key of ARCHITECTURES.
         in_channels: channels of image and reconstruction.
-        decoder: "light" (one convolution per stage) or "standard" (two).
+        decoder: a key of RECONSTRUCTION_DECODERS: "light" (one convolution per stage) or "standard" (two).
         skips: connect the encoder's features to the decoder.
         options: see `build_encoder`.
+
+    Raises:
+        ValueError: unknown `decoder`; see also `build_encoder`.
     """
+    from amaes.models.network import Network
+
     encoder = build_encoder(arch, in_channels, **options)
-    kind = _pick(RECONSTRUCTION_DECODERS, "decoder", decoder)
-    return Network(encoder, kind(encoder.channels, encoder.strides, in_channels, skips=skips), in_channels)
+    build_decoder = _pick(RECONSTRUCTION_DECODERS, "`decoder`", decoder)
+    return Network(encoder, build_decoder(encoder.channels, encoder.strides, in_channels, skips=skips), in_channels)
 
 
 def build_segmenter(
@@ -115,7 +184,7 @@ def build_segmenter(
     num_classes: int = 2,
     decoder: str = "unet",
     deep_supervision: bool = False,
-    **options: str,
+    **options: str | None,
 ) -> Network:
     """Encoder and segmentation decoder with skip connections: (B, C, X, Y, Z) to logits (B, num_classes, X, Y, Z).
 
@@ -126,28 +195,40 @@ def build_segmenter(
         decoder: a key of SEGMENTATION_DECODERS; the encoder's own form of it where it has one.
         deep_supervision: in training mode return logits of every stage, finest first.
         options: see `build_encoder`.
+
+    Raises:
+        ValueError: unknown `decoder`; see also `build_encoder`.
     """
+    from amaes.models.network import Network
+
     encoder = build_encoder(arch, in_channels, **options)
-    kind = encoder.decoders.get(decoder) or _pick(SEGMENTATION_DECODERS, "decoder", decoder)
-    head = kind(encoder.channels, encoder.strides, num_classes, deep_supervision=deep_supervision)
+    build_decoder = encoder.decoders.get(decoder) or _pick(SEGMENTATION_DECODERS, "`decoder`", decoder)
+    head = build_decoder(encoder.channels, encoder.strides, num_classes, deep_supervision=deep_supervision)
     return Network(encoder, head, in_channels)
 
 
 def build_swin_ssl(
-    arch: str = "swin_unetr", in_channels: int = 1, reconstruction: str = "vae", **options: str
+    arch: str = "swin_unetr", in_channels: int = 1, reconstruction: str = "vae", **options: str | None
 ) -> Network:
     """Swin encoder and its self-supervised heads: (B, C, X, Y, Z) to logits (B, 4), embedding (B, 512), reconstruction.
 
     Args:
         arch: a Swin encoder of ARCHITECTURES.
         in_channels: channels of image and reconstruction.
-        reconstruction: a key of `amaes.models.swin_heads.RECONSTRUCTION_HEADS`.
+        reconstruction: a key of RECONSTRUCTION_HEADS.
         options: see `build_encoder`.
+
+    Raises:
+        ValueError: `arch` is no Swin encoder; unknown `reconstruction`; see also `build_encoder`.
     """
-    if arch not in SWIN_WIDTHS:
-        raise ValueError(f"arch {arch!r}: these heads read a Swin encoder; accepted: {', '.join(SWIN_WIDTHS)}")
+    from amaes.models.network import Network
+    from amaes.models.swin_heads import SwinHeads
+
+    if arch not in SWINS:
+        raise ValueError(f"`arch` {arch!r}: these heads read a Swin encoder; accepted: {', '.join(SWINS)}")
     encoder = build_encoder(arch, in_channels, **options)
-    return Network(encoder, SwinHeads(encoder.channels, reconstruction), in_channels)
+    build_stages = _pick(RECONSTRUCTION_HEADS, "`reconstruction`", reconstruction)
+    return Network(encoder, SwinHeads(encoder.channels, build_stages), in_channels)
 
 
 TASKS: dict[str, Callable[..., Network]] = {
@@ -157,14 +238,26 @@ TASKS: dict[str, Callable[..., Network]] = {
 }
 
 
-def build_network(task: str, build: dict, checkpoint_activations: bool = False) -> Network:
-    """The network that a checkpoint describes: `task` a key of TASKS, `build` the arguments of its builder."""
+def build_network(task: str, build: Mapping, checkpoint_activations: bool = False) -> Network:
+    """The network that a checkpoint describes.
+
+    Args:
+        task: a key of TASKS.
+        build: the arguments of that task's function.
+        checkpoint_activations: see `Network.checkpoint_activations`.
+
+    Raises:
+        ValueError: unknown `task`, or a value that its function refuses.
+    """
     network = _pick(TASKS, "task", task)(**build)
     network.checkpoint_activations(checkpoint_activations)
     return network
 
 
-def _pick(table: dict, option: str, name: str):
+Entry = TypeVar("Entry")
+
+
+def _pick(table: Mapping[str, Entry], what: str, name: str) -> Entry:
     if name not in table:
-        raise ValueError(f"{option} {name!r} is unknown; accepted: {', '.join(table)}")
+        raise ValueError(f"{what} {name!r} is unknown; accepted: {', '.join(table)}")
     return table[name]

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from amaes.models.ops import one_is_less
+from amaes.models.ops import fused_is_cheaper
 from amaes.models.stages import run_stage
 from amaes.models.unet import ConvBlock
 
@@ -137,7 +137,7 @@ class UNetDecoder(Decoder):
         self.heads.extend(nn.Conv3d(width, num_classes, kernel_size=1) for width in heads)
 
     def stage(self, i: int, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-        if skip is None and one_is_less(x, self.ups[i], self.stages[i][0].conv):
+        if skip is None and fused_is_cheaper(x, self.ups[i], self.stages[i][0].conv):
             return run_stage(self, partial(self.stages[i], up=self.ups[i]), x)
         return super().stage(i, x, skip)
 

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from amaes.choices import GRN_DIVISORS
 from amaes.models.decoder import Decoder, stage_widths
-from amaes.models.ops import GRN_DIVISORS, depthwise, norm_mlp, pointwise
+from amaes.models.ops import depthwise, norm_mlp, pointwise
 from amaes.models.stages import run_stage
-
-# Encoder stages from full resolution to the bottleneck; decoders mirror them. Width: channels at full resolution.
-_S = {"width": 32, "depths": (2, 2, 2, 2, 2), "ratios": (2, 2, 2, 2, 2)}
-_B = {"width": 32, "depths": (2, 2, 2, 2, 2), "ratios": (2, 3, 4, 4, 4)}
-_M = {"width": 32, "depths": (3, 4, 4, 4, 4), "ratios": (2, 3, 4, 4, 4)}
-_L = {"width": 32, "depths": (3, 4, 8, 8, 8), "ratios": (3, 4, 8, 8, 8)}
-_V1 = {"mednext_s": _S, "mednext_b": _B, "mednext_m": _M, "mednext_l": _L}
-SIZES: dict[str, dict] = {
-    **_V1,
-    **{f"{name}_k5": size | {"kernel_size": 5} for name, size in _V1.items()},
-    "mednext_v2_base": _L | {"grn": "mean"},
-    "mednext_v2_wide": _L | {"grn": "mean", "width": 64},
-}
 
 
 class ResponseNorm(nn.Module):
@@ -33,7 +21,7 @@ class ResponseNorm(nn.Module):
     def __init__(self, channels: int, divisor: str) -> None:
         super().__init__()
         if divisor not in GRN_DIVISORS:
-            raise ValueError(f"grn {divisor!r} is unknown; accepted: {', '.join(GRN_DIVISORS)}, None")
+            raise ValueError(f"`grn` {divisor!r} is unknown; accepted: {', '.join(GRN_DIVISORS)}, None")
         self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1, 1))
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1, 1))
         self.divisor = divisor
@@ -47,8 +35,11 @@ class Block(nn.Module):
         ratio: hidden channels / input channels.
         kernel_size: of the depthwise convolution, odd.
         grn: None, or the divisor of global response normalisation, "mean" or "sum".
-        resample: "same", "down" (stride 2) or "up" (transposed, stride 2); the latter two bring the input to their
+        resample: "same", "down" (stride 2) or "up" (transposed, stride 2); the latter two add the input to their
             output through a 1x1x1 convolution of the same stride.
+
+    Raises:
+        ValueError: unknown `grn`.
     """
 
     def __init__(
@@ -105,12 +96,13 @@ class MedNeXt(nn.Module):
 
     Attributes:
         channels, strides: of each stage, finest first.
-        decoders: the form that a decoder takes for this encoder, by name: "mednext" mirrors the encoder.
-        variant: what shapes of weights do not tell.
-        fewest_voxels: of the coarsest feature that can be trained on; its norms have a way around them.
+        decoders: name -> this family's own form of that decoder: "mednext" mirrors the encoder.
+        variant: options of the encoder that do not show in the shapes of its weights.
+        min_bottleneck_voxels: fewest voxels of the coarsest feature in training; two are enough, as each norm has a
+            residual connection around it.
     """
 
-    fewest_voxels = 2
+    min_bottleneck_voxels = 2
 
     def __init__(
         self,
@@ -170,50 +162,14 @@ class MedNeXtDecoder(Decoder):
     ) -> None:
         super().__init__(channels, strides, deep_supervision=deep_supervision, ratio=2)
         widths = stage_widths(channels)
-        count = len(channels) - 1
-        for i, depth, ratio in zip(range(count), depths or (2,) * count, ratios or (2,) * count, strict=True):
+        stages = len(channels) - 1
+        for i, depth, ratio in zip(range(stages), depths or (2,) * stages, ratios or (2,) * stages, strict=True):
             self.ups.append(Block(widths[i + 1], widths[i], ratio, kernel_size, grn, resample="up"))
             self.stages.append(_stage(widths[i], depth, ratio, kernel_size, grn))
-        for own, width in zip(channels, widths, strict=True):  # a skip connection is added: it must be as wide
-            self.laterals.append(nn.Identity() if own == width else nn.Conv3d(own, width, kernel_size=1))
+        for count, width in zip(channels, widths, strict=True):  # a skip connection is added: it must be as wide
+            self.laterals.append(nn.Identity() if count == width else nn.Conv3d(count, width, kernel_size=1))
         heads = widths if deep_supervision else widths[:1]
         self.heads.extend(nn.ConvTranspose3d(width, num_classes, kernel_size=1) for width in heads)
 
     def merge(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         return x + skip
-
-
-# Larger kernels from trained ones -------------------------------------------------------------------------------------
-
-
-def grow_kernel(weight: torch.Tensor, size: int) -> torch.Tensor:
-    """Depthwise kernels (C, 1, k, k, k) resampled to side `size`, trilinearly; magnitudes are not rescaled."""
-    return F.interpolate(weight.float(), size=(size,) * 3, mode="trilinear", align_corners=False).to(weight.dtype)
-
-
-def upkern_(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """UpKern (arXiv 2303.09975, Sec. 2.3): start a network from the weights of one with smaller kernels, in place.
-
-    Args:
-        network: contains MedNeXt blocks.
-        weights: state dict of the same network with smaller kernels; a head of other classes is left out.
-
-    Returns:
-        Names of the network's tensors that kept their values.
-
-    Raises:
-        ValueError: nothing in `weights` fits.
-    """
-    found, kept = {}, []
-    for name, own in network.state_dict().items():
-        given = weights.get(name)
-        if given is not None and given.shape == own.shape:
-            found[name] = given
-        elif given is not None and name.endswith("depthwise.weight") and given.shape[:2] == own.shape[:2]:
-            found[name] = grow_kernel(given, own.shape[-1])
-        else:
-            kept.append(name)
-    if not found:
-        raise ValueError(f"none of {len(weights)} tensors fits the network, e.g. {', '.join(list(weights)[:2])}")
-    network.load_state_dict(found, strict=False)
-    return kept

@@ -14,10 +14,10 @@ from torch import nn
 from amaes.models.stages import run_stage
 
 ROTATIONS = 4  # multiples of 90 degrees
-EMBEDDING = 512  # numbers by which views are told apart
+EMBEDDING = 512  # length of the vector that the contrastive loss compares
 
 
-def _vae(widths: Sequence[int]) -> list[nn.Module]:
+def vae_stages(widths: Sequence[int]) -> list[nn.Module]:
     """Five times convolution, instance norm, leaky ReLU, trilinear upsampling; a 1x1x1 convolution to the image."""
     pairs = zip(widths[:-1], [*widths[1:-1], widths[-2]], strict=True)  # the last of them keeps the width
     stages: list[nn.Module] = [
@@ -32,23 +32,15 @@ def _vae(widths: Sequence[int]) -> list[nn.Module]:
     return [*stages, nn.Conv3d(widths[-2], widths[-1], kernel_size=1)]
 
 
-def _deconv(widths: Sequence[int]) -> list[nn.Module]:
+def deconv_stages(widths: Sequence[int]) -> list[nn.Module]:
     """Five transposed convolutions of stride 2, nothing between them."""
     return [nn.ConvTranspose3d(before, after, kernel_size=2, stride=2) for before, after in pairwise(widths)]
 
 
-def _large_kernel_deconv(widths: Sequence[int]) -> list[nn.Module]:
+def large_kernel_deconv_stages(widths: Sequence[int]) -> list[nn.Module]:
     """A single transposed convolution of stride 32."""
     side = 2 ** (len(widths) - 1)
     return [nn.ConvTranspose3d(widths[0], widths[-1], kernel_size=side, stride=side)]
-
-
-# Forms of the reconstruction head: from its widths, deepest first and the image's channels last, to its stages.
-RECONSTRUCTION_HEADS: dict[str, Callable[[Sequence[int]], list[nn.Module]]] = {
-    "vae": _vae,
-    "deconv": _deconv,
-    "large_kernel_deconv": _large_kernel_deconv,
-}
 
 
 class SwinHeads(nn.Module):
@@ -58,20 +50,19 @@ class SwinHeads(nn.Module):
 
     Args:
         channels: of the Swin encoder's features, the image first.
-        reconstruction: a key of RECONSTRUCTION_HEADS.
+        build_stages: makes the stages of the reconstruction head from its widths, the deepest first and the image's
+            channels last (`vae_stages`, `deconv_stages`, `large_kernel_deconv_stages`).
     """
 
-    def __init__(self, channels: Sequence[int], reconstruction: str = "vae") -> None:
+    def __init__(
+        self, channels: Sequence[int], build_stages: Callable[[Sequence[int]], list[nn.Module]] = vae_stages
+    ) -> None:
         super().__init__()
-        if reconstruction not in RECONSTRUCTION_HEADS:
-            raise ValueError(
-                f"reconstruction {reconstruction!r} is unknown; accepted: {', '.join(RECONSTRUCTION_HEADS)}"
-            )
         self.channels = tuple(channels)
         self.checkpoint_activations = False
         self.rotation = nn.Linear(channels[-1], ROTATIONS)
         self.embedding = nn.Linear(channels[-1], EMBEDDING)
-        self.stages = nn.ModuleList(RECONSTRUCTION_HEADS[reconstruction](self.channels[::-1]))
+        self.stages = nn.ModuleList(build_stages(self.channels[::-1]))
 
     def forward(self, features: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Features of the encoder to logits (B, 4), embedding (B, 512) and reconstruction (B, C, X, Y, Z)."""

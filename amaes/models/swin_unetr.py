@@ -15,19 +15,19 @@ from torch import nn
 from amaes.models.decoder import Decoder
 from amaes.models.stages import run_stage
 
-WIDTHS = {"swin_unetr": 48, "swin_tiny": 12}  # channels of the first stage; they double at each stage
 WINDOW = (7, 7, 7)  # tokens
 DEPTHS = (2, 2, 2, 2)
 HEADS = (3, 6, 12, 24)
 
 # Order in which patch merging stacks the eight sub-grids of stride 2, as offsets (x, y, z). MONAI changed it twice; the
-# first version, which made all published weights, repeats two sub-grids and loses two. Shapes never tell.
+# first version, with which all published weights were made, repeats two sub-grids and loses two. The shapes of the
+# weights are the same for all three.
 MERGING = {
     "legacy": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),  # before 1.5
     "fixed": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),  # since 1.5
     "v2": tuple(product((0, 1), repeat=3)),
 }
-_APART = -100.0  # added to the attention between tokens that only the cyclic shift brought together
+MASKED_LOGIT = -100.0  # added to the attention logit of two tokens that only the cyclic shift brought together
 
 
 def position_index(window: Sequence[int]) -> torch.Tensor:
@@ -55,19 +55,19 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: torch.Tensor, apart: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens of windows, (W, n, C), to the same shape.
 
         Args:
             x: n tokens each, at most those of the largest window.
-            apart: (n, n), added to the attention of every window.
+            mask: (n, n), added to the attention logits of every window; None adds nothing.
         """
         count, n, channels = x.shape
         q, k, v = self.qkv(x).view(count, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (W, heads, n, C / heads)
         # A smaller window reads the corner of the index of the largest, which is not its own geometry: as published.
         # (Embedding, and not indexing, whose gradient threads sum in any order.)
         bias = F.embedding(self.index[:n, :n], self.bias).permute(2, 0, 1)  # (heads, n, n)
-        bias = bias if apart is None else bias + apart
+        bias = bias if mask is None else bias + mask
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])
         return self.proj(y.transpose(1, 2).reshape(count, n, channels))
 
@@ -108,14 +108,22 @@ class SwinBlock(nn.Module):
             x = torch.roll(x, shift, dims=(1, 2, 3))
         return x[:, : sides[0], : sides[1], : sides[2]]
 
-    def _by_region(self, x, window, shift, axis: int, last: tuple[bool, ...]) -> torch.Tensor:
-        """Attention, separately where the windows differ in which tokens the shift brought together.
+    def _by_region(
+        self, x: torch.Tensor, window: Sequence[int], shift: Sequence[int], axis: int, last: tuple[bool, ...]
+    ) -> torch.Tensor:
+        """Attention, apart for the windows in which the shift brought together tokens from both ends of an axis.
 
-        Along a shifted axis only the last window holds tokens from both ends; so there are at most eight kinds of
-        windows, and no mask per window is needed. `last` tells of the axes before `axis` whether x holds that window.
+        Along a shifted axis only the last window holds tokens from both ends. So there are at most eight kinds of
+        windows, and each kind has one mask.
+
+        Args:
+            x: (B, X, Y, Z, C), sides multiples of the window's.
+            window, shift: tokens, per axis.
+            axis: the axis along which x is split next; 3 when it was split along all.
+            last: for each axis before `axis`, whether x holds the last window along it.
         """
         if axis == 3:
-            return self._windows(x, window, _apart(window, shift, last, x) if any(last) else None)
+            return self._windows(x, window, _shift_mask(window, shift, last, x) if any(last) else None)
         if not shift[axis]:
             return self._by_region(x, window, shift, axis + 1, (*last, False))
         dim = axis + 1
@@ -124,24 +132,24 @@ class SwinBlock(nn.Module):
             [self._by_region(part, window, shift, axis + 1, (*last, i == 1)) for i, part in enumerate(parts)], dim
         )
 
-    def _windows(self, x: torch.Tensor, window: Sequence[int], apart: torch.Tensor | None) -> torch.Tensor:
+    def _windows(self, x: torch.Tensor, window: Sequence[int], mask: torch.Tensor | None) -> torch.Tensor:
         shape = x.shape
         for axis, side in enumerate(window):  # (B, X / w, w, Y / w, w, Z / w, w, C)
             x = x.unflatten(2 * axis + 1, (-1, side))
         split = x.shape
         x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, window[0] * window[1] * window[2], shape[-1])  # (W, n, C)
-        x = self.attention(x, apart)
+        x = self.attention(x, mask)
         x = x.view(split[0], split[1], split[3], split[5], *window, shape[-1])
         return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(shape)
 
 
-def _apart(window: Sequence[int], shift: Sequence[int], last: Sequence[bool], x: torch.Tensor) -> torch.Tensor:
-    """-100 between tokens of a window from different ends of an axis, else 0: (n, n)."""
+def _shift_mask(window: Sequence[int], shift: Sequence[int], last: Sequence[bool], x: torch.Tensor) -> torch.Tensor:
+    """MASKED_LOGIT between tokens of a window from different ends of an axis, else 0: (n, n)."""
     ends = [
         (torch.arange(w, device=x.device) >= w - s) & is_last for w, s, is_last in zip(window, shift, last, strict=True)
     ]
     end = torch.stack(torch.meshgrid(*ends, indexing="ij")).flatten(1)  # (3, n)
-    return (end[:, :, None] != end[:, None, :]).any(0).to(x.dtype) * _APART
+    return (end[:, :, None] != end[:, None, :]).any(0).to(x.dtype) * MASKED_LOGIT
 
 
 class PatchMerging(nn.Module):
@@ -192,17 +200,20 @@ class SwinUNETR(nn.Module):
 
     Attributes:
         channels, strides: of each feature, finest first.
-        decoders: the form that a decoder takes for this encoder, by name: "unet" is SwinUNETR's own.
-        variant: what shapes of weights do not tell.
-        fewest_voxels: of the coarsest feature that can be trained on; its own norms are over channels.
+        decoders: name -> this family's own form of that decoder: "unet" is SwinUNETR's.
+        variant: options of the encoder that do not show in the shapes of its weights.
+        min_bottleneck_voxels: fewest voxels of the coarsest feature in training; its norms are over channels.
+
+    Raises:
+        ValueError: unknown `merging`.
     """
 
-    fewest_voxels = 2
+    min_bottleneck_voxels = 2
 
     def __init__(self, in_channels: int = 1, width: int = 48, merging: str = "fixed") -> None:
         super().__init__()
         if merging not in MERGING:
-            raise ValueError(f"merging {merging!r} is unknown; accepted: {', '.join(MERGING)}")
+            raise ValueError(f"`merging` {merging!r} is unknown; accepted: {', '.join(MERGING)}")
         self.checkpoint_activations = False
         widths = [width * 2**i for i in range(len(DEPTHS) + 1)]
         self.channels = (in_channels, *widths)
@@ -263,8 +274,8 @@ class SwinUNETRDecoder(Decoder):
         super().__init__(channels, strides, deep_supervision=deep_supervision, ratio=2)
         widths = (channels[1], *channels[1:])
         deepest = len(channels) - 1
-        for i, (own, width) in enumerate(zip(channels, widths, strict=True)):
-            self.laterals.append(nn.Identity() if i == deepest - 1 else ResidualBlock(own, width))
+        for i, (count, width) in enumerate(zip(channels, widths, strict=True)):
+            self.laterals.append(nn.Identity() if i == deepest - 1 else ResidualBlock(count, width))
         for i in range(deepest):
             self.ups.append(nn.ConvTranspose3d(widths[i + 1], widths[i], kernel_size=2, stride=2, bias=False))
             self.stages.append(ResidualBlock(2 * widths[i], widths[i]))

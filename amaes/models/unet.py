@@ -10,7 +10,6 @@ from amaes.models.ops import norm_act, up_conv
 from amaes.models.stages import run_stage
 
 NUM_STAGES = 5  # full resolution, then four halvings
-WIDTHS = {"unet_tiny": 8, "unet_b": 32, "unet_xl": 64}  # channels at full resolution; they double at each stage
 
 
 class ConvUnit(nn.Module):
@@ -33,7 +32,7 @@ class ConvBlock(nn.Sequential):
         super().__init__(*(ConvUnit(in_channels if i == 0 else out_channels, out_channels) for i in range(convs)))
 
     def forward(self, x: torch.Tensor, up: nn.ConvTranspose3d | None = None) -> torch.Tensor:
-        """(B, C, X, Y, Z) to (B, O, X, Y, Z); with `up`, the block of the upsampled x, not computed by itself."""
+        """(B, C, X, Y, Z) to (B, O, X, Y, Z); with `up`, the block of up(x), which is not written (`ops.up_conv`)."""
         first, *others = self
         x = first(x, up)
         for unit in others:
@@ -51,13 +50,13 @@ class UNet(nn.Module):
     Attributes:
         channels: of each stage, finest first.
         strides: of each stage relative to the input, finest first.
-        decoders: forms of a decoder of its own, by name: none.
-        variant: what shapes of weights do not tell: nothing.
-        fewest_voxels: of the coarsest feature that can be trained on. Two become +1 and -1 in its instance norms,
-            whatever they were: no gradient passes, and without skip connections the encoder learns nothing.
+        decoders: name -> this family's own form of that decoder: none.
+        variant: options of the encoder that do not show in the shapes of its weights: none.
+        min_bottleneck_voxels: fewest voxels of the coarsest feature in training. Instance norm makes +1 and -1 of two
+            voxels, whatever they were: no gradient passes, and without skip connections the encoder learns nothing.
     """
 
-    fewest_voxels = 4
+    min_bottleneck_voxels = 4
 
     def __init__(self, in_channels: int = 1, width: int = 32) -> None:
         super().__init__()

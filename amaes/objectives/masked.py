@@ -1,6 +1,8 @@
-"""What a network is pretrained for: from a batch of volumes to its inputs, its targets, and the terms of its loss."""
+"""The masked autoencoder with augmentation reversal (AMAES, arXiv 2408.00640)."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -8,6 +10,10 @@ from amaes import rng
 from amaes.augment import PretrainAugment
 from amaes.losses import reconstruction_loss
 from amaes.mask import apply_mask, token_mask
+
+if TYPE_CHECKING:
+    from amaes.data.several_stores import SeveralStores
+    from amaes.data.store import Store
 
 
 class MaskedReconstruction:
@@ -17,16 +23,34 @@ class MaskedReconstruction:
         augment: of the input; its spatial part is the target's, too.
         token_size, mask_ratio: see `amaes.mask.token_mask`.
         over: voxels of the mean squared error, see `amaes.losses.reconstruction_loss`.
+        crop: where patches are placed, see `amaes.data.patches.Patches`.
+        decoder, skips: of the network, see `amaes.models.build_autoencoder`.
     """
 
+    task = "pretrain"
     labels = False
     validation_batch = 1
     views = 1
     trivial = "the visible mean"
 
-    def __init__(self, augment: PretrainAugment, token_size: int, mask_ratio: float, over: str) -> None:
+    def __init__(
+        self,
+        augment: PretrainAugment,
+        *,
+        token_size: int,
+        mask_ratio: float,
+        over: str = "all",
+        crop: str = "window",
+        decoder: str = "light",
+        skips: bool = False,
+    ) -> None:
         self.augment, self.draw, self.window_size = augment, augment.draw, augment.window_size
         self.token_size, self.mask_ratio, self.over = token_size, mask_ratio, over
+        self.reading = {"crop": crop}
+        self.build = {"decoder": decoder, "skips": skips}
+
+    def see(self, store: Store | SeveralStores) -> None:
+        """Nothing of the data changes this objective."""
 
     def prepare(self, batch: dict, device: torch.device, training: bool = True) -> tuple[torch.Tensor, tuple]:
         """The augmented patch without its hidden tokens; the clean patch and the mask."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +18,13 @@ from amaes import rng
 from amaes.losses import contrastive_loss
 from amaes.models.swin_heads import ROTATIONS
 
+if TYPE_CHECKING:
+    from amaes.data.several_stores import SeveralStores
+    from amaes.data.store import Store
+
 VIEWS = 2
 _EDGES = (0.05, 0.25)  # of a box, as fractions of the patch
-_AT_ONCE = 64  # boxes drawn together; a patch of the published 30 % takes about 50
+BOXES_PER_DRAW = 64  # boxes drawn together; a patch of the published 30 % takes about 50
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,15 @@ class SwinSelfSupervision:
         corruption: the most of a view that a round damages, in [0, 1).
         weights: of the rotation, contrastive and reconstruction losses.
         temperature: of the contrastive loss.
+        reconstruction_head: of the network, see `amaes.models.build_swin_ssl`.
 
     Raises:
         ValueError: a patch that cannot be turned, or `corruption` outside [0, 1).
     """
 
+    task = "swin"
     labels = False
-    validation_batch = 4  # one volume alone has no others to be told from
+    validation_batch = 4  # the contrastive loss needs several volumes
     views = VIEWS
     trivial = "chance and each view's mean"
 
@@ -80,16 +87,22 @@ class SwinSelfSupervision:
         corruption: float = 0.3,
         weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         temperature: float = 0.5,
+        reconstruction_head: str = "vae",
     ) -> None:
         if patch_size[1] != patch_size[2]:
             raise ValueError(
-                f"--patch-size {' '.join(map(str, patch_size))}: views are turned in the plane of the last two axes, "
+                f"`patch_size` {' '.join(map(str, patch_size))}: views are turned in the plane of the last two axes, "
                 "which must be equally long"
             )
         if not 0 <= corruption < 1:
-            raise ValueError(f"corruption {corruption} is outside [0, 1)")
+            raise ValueError(f"`corruption` {corruption} is outside [0, 1)")
         self.window_size = tuple(patch_size)
+        self.reading: dict = {}
+        self.build = {"reconstruction": reconstruction_head}
         self.seed, self.corruption, self.weights, self.temperature = seed, corruption, weights, temperature
+
+    def see(self, store: Store | SeveralStores) -> None:
+        """Nothing of the data changes this objective."""
 
     def draw(self, epochs: Sequence[int], samples: Sequence[int], channels: int = 1, purpose: str = "view") -> Views:
         """Turns, boxes and partners of a batch; a row depends on (seed, epoch, sample) alone.
@@ -180,8 +193,8 @@ class SwinSelfSupervision:
         thick = np.maximum(thin + 1, (_EDGES[1] * sides).astype(int))  # not reached
         wanted, found, boxes = stream.uniform(0, self.corruption) * sides.prod(), 0, [np.zeros((0, 3, 2), np.int16)]
         while found < wanted:
-            first = stream.integers(0, np.maximum(1, sides - thin), (_AT_ONCE, 3))
-            after = np.minimum(first + stream.integers(thin, thick, (_AT_ONCE, 3)), sides)
+            first = stream.integers(0, np.maximum(1, sides - thin), (BOXES_PER_DRAW, 3))
+            after = np.minimum(first + stream.integers(thin, thick, (BOXES_PER_DRAW, 3)), sides)
             sums = found + (after - first).prod(axis=1).cumsum()
             needed = int(np.searchsorted(sums, wanted)) + 1  # the first at which enough is damaged
             boxes.append(np.stack([first, after], axis=2)[:needed].astype(np.int16))

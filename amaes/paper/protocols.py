@@ -1,6 +1,6 @@
-"""The experiments of the paper by name: which cases, channel and classes, who trains and who is tested.
+"""The experiments of the paper by name: channel, classes, and the cases of training and test.
 
-Everything here is a function of the names of the cases alone (arXiv 2408.00640, and the hold-out of its code).
+Which cases these are follows from the names of the cases alone (arXiv 2408.00640, and the hold-out of its code).
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amaes.data.splits import saved_split
-from amaes.data.store import Case, Store
 from amaes.preprocess.source_tables import SOURCES
 from amaes.preprocess.sources import hold_out
+
+if TYPE_CHECKING:
+    from amaes.data.store import Case, Store
 
 FOLDS, TRAIN_CASES = 6, 20  # networks of every experiment, and the labelled cases that each is trained on
 COMMAND = "python -m amaes.preprocess --source {source}=DIR --sequence {channel} --with-labels --out STORE"
@@ -61,8 +62,8 @@ class Protocol:
     def name_in(self, texts: Iterable[str]) -> str | None:
         """The name of a case, from the first of some texts that holds one; the last of several in a text."""
         for text in texts:
-            if found := re.findall(self.pattern, text, flags=re.IGNORECASE):
-                groups = [found[-1]] if isinstance(found[-1], str) else found[-1]
+            if matches := re.findall(self.pattern, text, flags=re.IGNORECASE):
+                groups = [matches[-1]] if isinstance(matches[-1], str) else matches[-1]
                 return self.form.format(*(group.lower() for group in groups))
         return None
 
@@ -151,20 +152,20 @@ def check_store(store: Store, key: str) -> None:
     """
     protocol = PROTOCOLS[key]
     mapped = {int(old): new for old, new in store.config.get("label_map", {}).items() if int(old) != int(new)}
-    found = []
+    differences = []
     if not _cases(store, protocol):
-        found.append(f"channels {' '.join(store.channels)}, expected labelled cases of {protocol.channel} alone")
+        differences.append(f"channels {' '.join(store.channels)}, expected labelled cases of {protocol.channel} alone")
     if not mapped.items() <= protocol.label_map.items() or store.num_classes != protocol.classes:
-        found.append(
+        differences.append(
             f"{store.num_classes} classes after label map {_pairs(mapped)}, expected {protocol.classes} after "
             f"{_pairs(protocol.label_map)}"
         )
     for name, expected in (("spacing", [1.0, 1.0, 1.0]), ("normalization", "unit")):
         if store.config.get(name) != expected:
-            found.append(f"{name} {store.config.get(name)}, expected {expected}")
-    if found:
+            differences.append(f"{name} {store.config.get(name)}, expected {expected}")
+    if differences:
         raise ValueError(
-            f"{store.path} is not for protocol {key}: {'; '.join(found)}; write it with: {protocol.command} "
+            f"{store.path} is not for protocol {key}: {'; '.join(differences)}; write it with: {protocol.command} "
             "(DIR: the release, see docs/reproduce.md)"
         )
 
@@ -178,7 +179,7 @@ def named_cases(store: Store, key: str) -> dict[str, str]:
     Raises:
         ValueError: a case has no such name, or two have the same.
     """
-    protocol, found = PROTOCOLS[key], {}
+    protocol, ids = PROTOCOLS[key], {}
     for case in _cases(store, protocol):
         name = protocol.name_in((case.id, case.subject)) or protocol.name_in(
             [store.properties(case.id).get("label_file") or ""]
@@ -188,10 +189,10 @@ def named_cases(store: Store, key: str) -> dict[str, str]:
                 f"{store.path}: case {case.id}: no name of a case of {protocol.title} in its id, such as "
                 f"{protocol.example}"
             )
-        if name in found:
-            raise ValueError(f"{store.path}: cases {found[name]} and {case.id} are both {name} of {protocol.title}")
-        found[name] = case.id
-    return dict(sorted(found.items()))
+        if name in ids:
+            raise ValueError(f"{store.path}: cases {ids[name]} and {case.id} are both {name} of {protocol.title}")
+        ids[name] = case.id
+    return dict(sorted(ids.items()))
 
 
 def _cases(store: Store, protocol: Protocol) -> list[Case]:
@@ -204,10 +205,10 @@ def _cases(store: Store, protocol: Protocol) -> list[Case]:
     return []
 
 
-def _check_count(store: Store, what: str, found: int, expected: int, allow_incomplete: bool) -> None:
-    if found > expected or (found < expected and not allow_incomplete):
-        remedy = "" if found > expected else "; --allow-incomplete takes what is there, for numbers of no paper"
-        raise ValueError(f"{store.path}: found {found} cases for {what}, expected {expected}{remedy}")
+def _check_count(store: Store, purpose: str, count: int, expected: int, allow_incomplete: bool) -> None:
+    if count > expected or (count < expected and not allow_incomplete):
+        remedy = "" if count > expected else "; `allow_incomplete` takes what is there, for numbers of no paper"
+        raise ValueError(f"{store.path}: found {count} cases for {purpose}, expected {expected}{remedy}")
 
 
 # Folds ----------------------------------------------------------------------------------------------------------------
@@ -224,6 +225,8 @@ def saved_folds(store: Store, key: str, allow_incomplete: bool = False) -> list[
     Raises:
         ValueError: another number of cases than the protocol's, or names that are not of its release.
     """
+    from amaes.data.splits import saved_split  # here: it imports torch, which --help does without
+
     protocol, ids = PROTOCOLS[key], named_cases(store, key)
     _check_count(store, f"protocol {key}", len(ids), protocol.cases, allow_incomplete)
     pool, held_out = _pool(protocol, list(ids))
@@ -233,15 +236,11 @@ def saved_folds(store: Store, key: str, allow_incomplete: bool = False) -> list[
         f"protocol {key}: {count}, {share}, pool of {len(pool)}; {FOLDS} folds of {TRAIN_CASES} training cases, "
         "seed 1000 + repetition"
     )
-    return saved_split(store, name, partial(_folds, protocol, ids), by_subject=False)  # names are the subjects
-
-
-def folds_of(names: Sequence[str], key: str) -> list[dict[str, list[str]]]:
-    """The folds of a protocol as {"train": names, "test": names}, both sorted (see `training_sets`)."""
-    return _folds(PROTOCOLS[key], {name: name for name in names})
+    return saved_split(store, name, lambda: _folds(protocol, ids), by_subject=False)  # a case is a subject
 
 
 def _folds(protocol: Protocol, ids: Mapping[str, str]) -> list[dict[str, list[str]]]:
+    """The folds as lists of ids, sorted by name (see `training_sets`); `ids` is {name: id}."""
     pool, held_out = _pool(protocol, list(ids))
     splits = []
     for train in training_sets(pool):
@@ -295,13 +294,13 @@ def evaluation_cases(
     """
     evaluation = EVALUATIONS[key]
     if trained != evaluation.trained:
-        found = "without --protocol" if trained is None else f"with --protocol {trained}"
-        raise ValueError(f"--protocol {key} tests networks trained with --protocol {evaluation.trained}, not {found}")
+        actual = "without `protocol`" if trained is None else f"with `protocol` {trained}"
+        raise ValueError(f"`protocol` {key} tests networks trained with `protocol` {evaluation.trained}, not {actual}")
     check_store(store, trained)
     ids = named_cases(store, trained)
     if both := sorted(ids.keys() & {PROTOCOLS[trained].name_in([id]) for id in train_ids}):
         raise ValueError(f"{store.path}: has {len(both)} cases that the networks were trained on, such as {both[0]}")
-    _check_count(store, f"--protocol {key}", len(ids), evaluation.cases, allow_incomplete)
+    _check_count(store, f"`protocol` {key}", len(ids), evaluation.cases, allow_incomplete)
     groups = {
         name: [id for case, id in ids.items() if case.startswith(starts)] for name, starts in evaluation.groups.items()
     }

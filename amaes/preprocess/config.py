@@ -1,4 +1,4 @@
-"""The settings of preprocessing: what the arrays of a store depend on."""
+"""The settings of preprocessing: all that the arrays of a store depend on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from amaes.preprocess import normalize
-from amaes.preprocess.read_case import Reading
-
-FORMAT = "amaes-preproc-1"
+FORMAT = "amaes-preproc-1"  # of the properties of a case; a new one where the same settings give other arrays
+STORE_FORMAT = "amaes-store-1"  # of a store's dataset.json
 CHOICES = {
-    "normalization": normalize.MODES,
+    "normalization": ("unit", "zscore", "none"),
     "crop_from": ("union", "first"),
     "label_resampling": ("nearest", "onehot_linear"),
     "missing_channel": ("error", "zeros"),
@@ -29,20 +27,20 @@ class Config:
 
     Attributes:
         spacing: voxel size of the arrays, mm.
-        normalization: "unit" = [0, 1], what networks here expect; "zscore"; "none".
-        crop_from: box around the foreground of all channels ("union") or of the first.
+        normalization: "unit" = [0, 1], which the networks here expect; "zscore"; "none".
+        crop_from: crop to the box around the foreground of all channels ("union") or of the first channel ("first").
         crop_extra_plane: one plane more at the upper end of each axis, as in the published pipeline.
         label_resampling: "nearest" or "onehot_linear".
-        missing_channel: "error", or "zeros" in its place.
+        missing_channel: "error" rejects a case that lacks a channel; "zeros" fills the channel with zeros.
         on_geometry_mismatch: "reject", or "resample" channels and label onto the grid of the first channel.
-        background_to_min: give the most frequent value the minimum where there are negative values.
-        strict_orientation: refuse files whose orientation codes are 0.
-        assume_ras: take stored axes as RAS where the affine is singular.
+        background_to_min: in an image with negative values, set the most frequent value to the minimum.
+        strict_orientation: refuse files whose sform and qform codes are both 0.
+        assume_ras: take the stored axes as RAS where the affine is singular.
         min_axis: fewest voxels of a stored axis.
         verify: check the CRC of gzip files; not part of the hash, as it changes no array.
         dtype: of the stored images.
-        label_map: old label value to new. A store also lists, as {1: 1}, values of its label files that others were
-            mapped onto; such entries are no part of the hash.
+        label_map: old label value to new. The index of a store also lists, as {1: 1}, values of its label files that
+            other values were mapped onto; such entries are not part of the hash.
     """
 
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -72,14 +70,14 @@ class Config:
             raise ValueError(f"label_map must lead to values in 0..255, found {self.label_map}")
 
     def as_dict(self) -> dict:
-        """Plain data, the same after a turn through JSON."""
+        """Plain data that JSON does not change."""
         plain = dataclasses.asdict(self)
         labels = {str(old): new for old, new in sorted(self.label_map.items())}
         return {**plain, "spacing": [float(value) for value in self.spacing], "label_map": labels}
 
     @classmethod
     def from_dict(cls, content: Mapping) -> Config:
-        """The inverse of `as_dict`; ValueError names an unknown field."""
+        """The inverse of `as_dict`; a ValueError names an unknown field."""
         if unknown := sorted(set(content) - {item.name for item in dataclasses.fields(cls)}):
             raise ValueError(f"preprocessing configuration: unknown field {', '.join(unknown)}")
         content = dict(content)
@@ -89,20 +87,15 @@ class Config:
             content["label_map"] = {int(old): int(new) for old, new in content["label_map"].items()}
         return cls(**content)
 
-    def reading(self) -> Reading:
-        """The part that concerns reading."""
-        options = {"verify": self.verify, "strict": self.strict_orientation, "assume_ras": self.assume_ras}
-        return Reading(self.min_axis, self.on_geometry_mismatch, options)
-
     def settings(self) -> dict:
-        """What arrays depend on, as plain data."""
+        """What the arrays depend on, as plain data."""
         changes = {str(old): new for old, new in sorted(self.label_map.items()) if old != new}
         return {name: value for name, value in (self.as_dict() | {"label_map": changes}).items() if name != "verify"}
 
     def with_values(self, raw: Iterable[int]) -> Config:
         """The same, with those values of the label files listed that others are mapped onto."""
-        onto = {value: value for value in sorted(raw) if value in self.label_map.values()}
-        return dataclasses.replace(self, label_map={**onto, **self.label_map})
+        targets = {value: value for value in sorted(raw) if value in self.label_map.values()}
+        return dataclasses.replace(self, label_map={**targets, **self.label_map})
 
     def hash(self) -> str:
         """16 hexadecimal digits that differ where arrays may differ."""

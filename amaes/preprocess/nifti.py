@@ -1,7 +1,7 @@
-"""NIfTI files: read with every fault named, turn to RAS and back, compare grids in mm, write on a file's own grid.
+"""NIfTI files: read them and name every fault, turn to RAS and back, compare grids in mm, write on a scan's own grid.
 
-The header is parsed from its raw bytes with repairs off, so that a zero or negative voxel size is seen before a
-library mends it, and everything that can be refused from the header alone is refused before data are read.
+`to_ras` is where the orientation is fixed. The header is parsed from its raw bytes without repairs, so that a zero or
+negative voxel size is seen before a library repairs it. What the header alone can tell is refused before data are read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,9 @@ from nibabel.orientations import aff2axcodes, inv_ornt_aff, io_orientation
 from amaes.files import written_whole
 
 DATA_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-ORIENTATION_CODES = range(6)  # others say nothing, as 0 does
-MAX_AXIS, MAX_VOXELS = 4096, 1 << 30  # a header beyond these is taken for damage, not for a brain; 2^30 voxels = 4 GiB
-MAX_BEYOND = 1 << 24  # bytes before the data, or after them: room for extensions, no room for gzip bombs
+ORIENTATION_CODES = range(6)  # other codes are read as 0, which means unknown
+MAX_AXIS, MAX_VOXELS = 4096, 1 << 30  # a header that claims more is taken for damaged; 2^30 voxels of float32 = 4 GiB
+MAX_BEYOND = 1 << 24  # bytes before or after the data: enough for extensions, too few for a gzip bomb
 GZIP_RATIO = 1040  # deflate cannot expand by more than 1032
 MIN_SPACING, MAX_SPACING = 0.05, 20.0  # mm
 SPACING_TOLERANCE = 0.01  # fraction by which pixdim may differ from the affine's column norms
@@ -58,6 +58,7 @@ class Header:
         spacing: mm along the stored axes.
         warnings: "code: text" of what was repaired or assumed.
         fields: plain numbers from which `write_like` rebuilds the header.
+        dtype, offset, slope, intercept: of the stored data; slope None: values are stored as they are.
     """
 
     path: Path
@@ -83,19 +84,21 @@ class Header:
 
     @property
     def ras_shape(self) -> tuple[int, int, int]:
+        """(X, Y, Z) after turning to RAS."""
         return tuple(self.shape[axis] for axis in _stored_axes(self.ornt))
 
     @property
     def ras_spacing(self) -> tuple[float, float, float]:
+        """Voxel size in mm along the RAS axes."""
         return tuple(self.spacing[axis] for axis in _stored_axes(self.ornt))
 
     @property
     def ras_grid(self) -> np.ndarray:
-        """(4, 4), voxel of the reoriented array to mm."""
+        """(4, 4), voxel of the array turned to RAS to mm."""
         return self.grid @ inv_ornt_aff(self.ornt, self.shape[:3])
 
 
-def read(
+def read_nifti(
     path: str | Path, *, channels: int = 1, verify: bool = False, strict: bool = False, assume_ras: bool = False
 ) -> tuple[Header, np.ndarray]:
     """Read a NIfTI file turned to RAS.
@@ -125,17 +128,25 @@ def read(
     data = data.reshape(header.shape, order="F")
     if header.slope is not None and (header.slope != 1 or header.intercept != 0):
         data = data.astype(np.float64) * header.slope + header.intercept
-    return header, reorient(data, header.ornt)
+    return header, to_ras(data, header.ornt)
 
 
-def reorient(array: np.ndarray, ornt: np.ndarray) -> np.ndarray:
-    """Stored axes to RAS: (X, Y, Z, ...) view, axes permuted and reversed, nothing interpolated."""
+def to_ras(array: np.ndarray, ornt: np.ndarray) -> np.ndarray:
+    """Stored axes to RAS: permutes and reverses axes, interpolates nothing.
+
+    Args:
+        array: (I, J, K, ...), as stored.
+        ornt: (3, 2), of `Header`.
+
+    Returns:
+        (X, Y, Z, ...), a view.
+    """
     flipped = array[tuple(slice(None, None, -1 if sign < 0 else 1) for _, sign in ornt)]
     return flipped.transpose(*_stored_axes(ornt), *range(3, array.ndim))
 
 
-def restore(array: np.ndarray, ornt: np.ndarray) -> np.ndarray:
-    """RAS to stored axes: the exact inverse of `reorient`, a view."""
+def to_stored_axes(array: np.ndarray, ornt: np.ndarray) -> np.ndarray:
+    """RAS to stored axes, (X, Y, Z, ...) to (I, J, K, ...): the exact inverse of `to_ras`, a view."""
     stored = array.transpose(*(int(axis) for axis, _ in ornt), *range(3, array.ndim))
     return stored[tuple(slice(None, None, -1 if sign < 0 else 1) for _, sign in ornt)]
 
@@ -252,7 +263,7 @@ def _parse_header(path: Path, stream: BinaryIO, channels: int, strict: bool, ass
 
 
 def _raw_header(path: Path, stream: BinaryIO) -> tuple[nib.Nifti1Header, int]:
-    """The header as stored, with no repair, and the NIfTI version."""
+    """The header as stored, without repairs, and the NIfTI version."""
     start = stream.read(4)
     endianness, size = "<", int.from_bytes(start, "little")
     if size not in (348, 540):
@@ -274,7 +285,7 @@ def _raw_header(path: Path, stream: BinaryIO) -> tuple[nib.Nifti1Header, int]:
 
 
 def _shape(path: Path, raw: nib.Nifti1Header, channels: int) -> tuple[tuple[int, ...], int]:
-    """Shape without trailing ones, and how many trailing ones the file has beyond three axes."""
+    """Shape without trailing axes of length 1, and how many of those the file has beyond three axes."""
     dims = [int(n) for n in raw["dim"]]
     if not 1 <= dims[0] <= 7 or any(n < 1 for n in dims[1 : dims[0] + 1]):
         raise RejectedInput("bad_header", path, f"expected 1 to 7 positive dimensions, found dim = {dims}")
@@ -283,31 +294,31 @@ def _shape(path: Path, raw: nib.Nifti1Header, channels: int) -> tuple[tuple[int,
     while len(shape) > 3 and shape[-1] == 1:
         shape.pop()
         trailing += 1
-    found = " x ".join(map(str, shape))
+    sides = " x ".join(map(str, shape))
     if len(shape) != (3 if channels == 1 else 4):
-        raise RejectedInput(
-            "bad_ndim", path, f"expected {'3-D' if channels == 1 else f'{channels} channels'}, found {found}"
-        )
+        expected = "3-D" if channels == 1 else f"{channels} channels"
+        raise RejectedInput("bad_ndim", path, f"expected {expected}, found {sides}")
     if channels > 1 and shape[3] != channels:
-        raise RejectedInput("bad_ndim", path, f"expected {channels} channels in the fourth axis, found {found}")
+        raise RejectedInput("bad_ndim", path, f"expected {channels} channels in the fourth axis, found {sides}")
     if max(shape) > MAX_AXIS or math.prod(shape) > MAX_VOXELS:
         limit = f"at most {MAX_AXIS} per axis and {MAX_VOXELS} in all"
-        raise RejectedInput("bad_header", path, f"expected {limit} voxels, found {found}")
+        raise RejectedInput("bad_header", path, f"expected {limit} voxels, found {sides}")
     return tuple(shape), trailing
 
 
 def _geometry(path: Path, raw: nib.Nifti1Header, strict: bool, assume_ras: bool) -> dict:
+    """The fields of `Header` that say where the voxels are; refuses what cannot be known."""
     warnings = []
     pixdim = np.array(raw["pixdim"][1:4], dtype=np.float64)
     sound = bool(np.isfinite(pixdim).all() and (pixdim > 0).all())
     repaired = np.where(np.isfinite(pixdim) & (pixdim != 0), np.abs(pixdim), 1.0)
-    found = " x ".join(f"{value:g}" for value in pixdim)
+    stored_text = _mm_text(pixdim)
     affine, trusted = _affine(raw, repaired), bool(raw["sform_code"] > 0 or raw["qform_code"] > 0)
     regular = trusted and _is_regular(affine)
     if not sound and not (regular and raw["sform_code"] > 0):
-        raise RejectedInput("bad_spacing", path, f"expected positive voxel sizes, found {found}")
+        raise RejectedInput("bad_spacing", path, f"expected positive voxel sizes, found {stored_text}")
     if not sound:
-        warnings.append(f"bad_spacing_repaired: {path.name}: voxel sizes {found} in pixdim, the affine is used")
+        warnings.append(f"bad_spacing_repaired: {path.name}: voxel sizes {stored_text} in pixdim, the affine is used")
     if not trusted:
         if strict:
             raise RejectedInput("no_orientation", path, "expected an sform or qform code above 0, found 0 and 0")
@@ -321,12 +332,11 @@ def _geometry(path: Path, raw: nib.Nifti1Header, strict: bool, assume_ras: bool)
     grid = affine if trusted else np.diag([*repaired, 1.0])
     norms = np.linalg.norm(grid[:3, :3], axis=0)
     if trusted and sound and (np.abs(norms / pixdim - 1) > SPACING_TOLERANCE).any():
-        used = " x ".join(f"{value:g}" for value in norms)
-        warnings.append(f"spacing_mismatch: {path.name}: pixdim {found} mm, affine {used} mm; the affine is used")
+        text = f"pixdim {stored_text} mm, affine {_mm_text(norms)} mm; the affine is used"
+        warnings.append(f"spacing_mismatch: {path.name}: {text}")
     if norms.min() < MIN_SPACING or norms.max() > MAX_SPACING:
-        used = " x ".join(f"{value:g}" for value in norms)
         limits = f"{MIN_SPACING:g} to {MAX_SPACING:g} mm"
-        raise RejectedInput("implausible_spacing", path, f"expected voxels of {limits}, found {used}")
+        raise RejectedInput("implausible_spacing", path, f"expected voxels of {limits}, found {_mm_text(norms)}")
     return {
         "affine": affine,
         "grid": grid,
@@ -337,8 +347,12 @@ def _geometry(path: Path, raw: nib.Nifti1Header, strict: bool, assume_ras: bool)
     }
 
 
+def _mm_text(lengths: np.ndarray) -> str:
+    return " x ".join(f"{value:g}" for value in lengths)
+
+
 def _affine(raw: nib.Nifti1Header, spacing: np.ndarray) -> np.ndarray:
-    """sform, else qform, else the guess of other tools (first axis reversed, origin at the centre); may be singular."""
+    """sform, else qform, else what other tools assume (first axis reversed, origin at the centre); may be singular."""
     if raw["sform_code"] > 0:
         return raw.get_sform()
     repaired = raw.copy()
@@ -352,6 +366,7 @@ def _affine(raw: nib.Nifti1Header, spacing: np.ndarray) -> np.ndarray:
 
 
 def _is_regular(affine: np.ndarray) -> bool:
+    """Finite and of rank 3, with a margin for rounding."""
     if not np.isfinite(affine).all():
         return False
     norms = np.linalg.norm(affine[:3, :3], axis=0)
@@ -359,13 +374,13 @@ def _is_regular(affine: np.ndarray) -> bool:
 
 
 def _fields(raw: nib.Nifti1Header, version: int, shape: tuple[int, ...]) -> dict:
-    """Header fields of `write_like`; voxel sizes as every reader mends them, numbers that are none as null."""
+    """Header fields for `write_like`; voxel sizes repaired as other readers do, None for NaN and infinity."""
     pixdim = [float(value) for value in raw["pixdim"]]
-    mended = [abs(value) if math.isfinite(value) and value != 0 else 1.0 for value in pixdim[1:4]]
+    repaired = [abs(value) if math.isfinite(value) and value != 0 else 1.0 for value in pixdim[1:4]]
     return {
         "version": version,
         "shape": list(shape),
-        "pixdim": _plain([pixdim[0], *mended, *pixdim[4:]]),
+        "pixdim": _plain([pixdim[0], *repaired, *pixdim[4:]]),
         "quatern": _plain(raw[f"quatern_{axis}"] for axis in "bcd"),
         "qoffset": _plain(raw[f"qoffset_{axis}"] for axis in "xyz"),
         "srow": [_plain(raw[f"srow_{axis}"]) for axis in "xyz"],
@@ -374,7 +389,7 @@ def _fields(raw: nib.Nifti1Header, version: int, shape: tuple[int, ...]) -> dict
 
 
 def _read_data(header: Header, stream: BinaryIO, path: Path) -> np.ndarray:
-    """The stored values in file order, flat; memory is taken only where the file can hold that much."""
+    """The stored values in file order, flat; memory is reserved only where the file can hold that much."""
     count = math.prod(header.shape)
     expected, size = count * header.dtype.itemsize, path.stat().st_size
     possible = size * GZIP_RATIO if path.name.lower().endswith(".gz") else size - header.offset
@@ -384,10 +399,10 @@ def _read_data(header: Header, stream: BinaryIO, path: Path) -> np.ndarray:
     data = np.empty(count, dtype=header.dtype)
     target, filled = memoryview(data.view(np.uint8)), 0
     while filled < expected:
-        got = stream.readinto(target[filled:])
-        if not got:
+        n_read = stream.readinto(target[filled:])
+        if not n_read:
             raise RejectedInput("truncated", path, f"expected {expected} bytes of data, found {filled}")
-        filled += got
+        filled += n_read
     return data
 
 
@@ -396,9 +411,11 @@ def _stored_axes(ornt: np.ndarray) -> tuple[int, ...]:
     return tuple(int(axis) for axis in np.argsort(ornt[:, 0]))
 
 
-def _plain(values) -> list[float | None]:
+def _plain(values: Iterable[float]) -> list[float | None]:
+    """Numbers that JSON can hold: None for NaN and infinity."""
     return [float(value) if math.isfinite(value) else None for value in values]
 
 
 def _number(value: float | None) -> float:
+    """The inverse of `_plain` for one number; infinity becomes NaN."""
     return math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""Foreground box and intensity scaling of one volume, at the scan's own resolution."""
+"""Foreground box and intensity scaling of one volume, before it is resampled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 
 UPPER_QUANTILE = 0.99  # of the foreground; the upper tail is clipped there
 ZERO_BACKGROUND = 0.01  # with negative values, zeros are background where at least this fraction of voxels is 0
-MODES = ("unit", "zscore", "none")
 
 
 class Unusable(ValueError):
@@ -20,8 +19,8 @@ class Unusable(ValueError):
 def foreground_box(volume: np.ndarray) -> list[list[int]]:
     """Half-open bounding box of the foreground, [[start, stop], ...] per axis.
 
-    Foreground is > 0; where there are negative values it is != 0 if at least 1 % of voxels are exactly 0, else above
-    the minimum.
+    Foreground is what is > 0. In a volume with negative values it is what is != 0 if at least 1 % of the voxels are
+    exactly 0, else what is above the minimum.
 
     Raises:
         Unusable: "empty_volume", all voxels are 0 or all are equal.
@@ -36,8 +35,8 @@ def foreground_box(volume: np.ndarray) -> list[list[int]]:
     else:
         mask = volume > low
     plane = mask.any(axis=0)  # (Y, Z)
-    seen = (mask.any(axis=(1, 2)), plane.any(axis=1), plane.any(axis=0))
-    return [[int(line.argmax()), int(line.size - line[::-1].argmax())] for line in seen]
+    lines = (mask.any(axis=(1, 2)), plane.any(axis=1), plane.any(axis=0))  # (X,), (Y,), (Z,)
+    return [[int(line.argmax()), int(line.size - line[::-1].argmax())] for line in lines]
 
 
 def normalize(volume: np.ndarray, mode: str = "unit") -> tuple[np.ndarray, dict]:
@@ -67,10 +66,8 @@ def normalize(volume: np.ndarray, mode: str = "unit") -> tuple[np.ndarray, dict]
     scale = top - low
     with np.errstate(over="ignore", divide="ignore"):
         if not (top > low and np.isfinite(scale) and np.isfinite(np.float32(1) / scale)):
-            message = (
-                f"expected the 99th percentile ({top:g}) above the minimum ({low:g}), by a number float32 can hold"
-            )
-            raise Unusable("degenerate_range", message)
+            text = f"expected the 99th percentile ({top:g}) above the minimum ({low:g}), by a number float32 can hold"
+            raise Unusable("degenerate_range", text)
     np.minimum(values, top, out=values)
     mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
     statistics = {"min": float(low), "q99": float(top), "mean": mean, "std": std, "n_foreground": int(values.size)}
@@ -83,13 +80,13 @@ def normalize(volume: np.ndarray, mode: str = "unit") -> tuple[np.ndarray, dict]
 
 
 def most_frequent(volume: np.ndarray) -> np.floating:
-    """The value of most voxels (the smallest of several), the likely background."""
+    """The value that most voxels have (the smallest of several), which is likely the background."""
     values, counts = np.unique(volume, return_counts=True)
     return values[counts.argmax()]
 
 
 def _quantile(values: np.ndarray, q: float) -> float:
-    """np.quantile in float64, from two order statistics; reorders `values`, which float32 ranks could not index."""
+    """np.quantile, from two order statistics and with the rank in float64; reorders `values`."""
     rank = q * (values.size - 1)
     k = int(rank)
     values.partition(k)

@@ -1,25 +1,33 @@
-"""The files of one case on one grid: channels and label read, turned to RAS, mended or refused."""
+"""Read the files of one case: channels and label in RAS on one grid, small faults repaired, others refused."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from amaes.preprocess import nifti
+from amaes.preprocess.config import Config
 from amaes.preprocess.nifti import Header, RejectedInput
 
-NONFINITE_FRACTION = 0.001  # of the voxels, mended up to here
-SAME_CORNER = 1e-3  # mm, corners closer than this are the same
-INTEGER_TOLERANCE = 1e-3  # a label may differ from an integer by this
+NONFINITE_FRACTION = 0.001  # up to this fraction of voxels may be NaN or infinite; they are repaired
+SAME_CORNER = 1e-3  # mm; corners that are closer than this are the same
+INTEGER_TOLERANCE = 1e-3  # a label value may differ from an integer by this
 CORPUS_MIN_AXIS = 15  # voxels; the published corpus holds no thinner volumes
 
 
 @dataclass(frozen=True)
 class Channel:
-    """One channel: (X, Y, Z) float32 in RAS on the grid of `header`, finite; how many voxels were not."""
+    """One channel of a case.
+
+    Attributes:
+        path: its file.
+        header: of the first channel's file, whose grid all channels have.
+        volume: (X, Y, Z) float32 in RAS, finite.
+        n_nonfinite: how many voxels were NaN or infinite.
+    """
 
     path: Path
     header: Header
@@ -27,26 +35,32 @@ class Channel:
     n_nonfinite: int
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How files are read; see `amaes.preprocess.Config`."""
-
-    min_axis: int
-    on_geometry_mismatch: str
-    options: Mapping  # of nifti.read
+def read_file(path: Path, config: Config, channels: int = 1) -> tuple[Header, np.ndarray]:
+    """`nifti.read_nifti` as the configuration says."""
+    return nifti.read_nifti(
+        path, channels=channels, verify=config.verify, strict=config.strict_orientation, assume_ras=config.assume_ras
+    )
 
 
 def read_channels(
-    images: Sequence[Path | None], count: int, how: Reading, warnings: list[str], volumes: Sequence[int] | None = None
+    images: Sequence[Path | None],
+    config: Config,
+    warnings: list[str],
+    *,
+    volumes_in_file: int,
+    volumes: Sequence[int] | None = None,
 ) -> list[Channel | None]:
-    """One channel per file (None = missing), or those of one 4-D file of `count`; all on the first one's grid.
+    """The channels of a case, all on the grid of the first.
 
     Args:
-        images: one file per channel, or one file.
-        count: volumes of the one file.
-        how: of reading.
+        images: one file per channel (None = missing), or one file that holds all channels.
+        config: which faults are refused, and which are repaired.
         warnings: gets what was repaired or assumed.
-        volumes: which of the one file, in this order; None = all.
+        volumes_in_file: how many volumes the file has, where there is one file.
+        volumes: which of them to take, in this order; None = all.
+
+    Returns:
+        One channel per file or volume, None for a missing file.
 
     Raises:
         RejectedInput: any fault of a file, or a grid that differs.
@@ -57,18 +71,21 @@ def read_channels(
         if path is None:
             channels.append(None)
             continue
-        header, data = nifti.read(path, channels=count if len(images) == 1 else 1, **how.options)
-        if min(header.shape[:3]) < how.min_axis:
-            found = " x ".join(map(str, header.shape[:3]))
-            raise RejectedInput("too_small", path, f"expected at least {how.min_axis} voxels per axis, found {found}")
+        header, data = read_file(path, config, channels=volumes_in_file if len(images) == 1 else 1)
+        if min(header.shape[:3]) < config.min_axis:
+            sides = " x ".join(map(str, header.shape[:3]))
+            text = f"expected at least {config.min_axis} voxels per axis, found {sides}"
+            raise RejectedInput("too_small", path, text)
         warnings += header.warnings
         reference = reference or header
-        aligned = _aligned(header, reference, "channel_geometry", how, warnings)
+        aligned = _on_one_grid(header, reference, "channel_geometry", config.on_geometry_mismatch, warnings)
         parts = [data] if data.ndim == 3 else np.moveaxis(data, 3, 0)
         for part in parts if volumes is None else [parts[k] for k in volumes]:
-            with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 is infinite, which is counted below
+            with np.errstate(
+                over="ignore", invalid="ignore"
+            ):  # what float32 cannot hold becomes infinite and is counted below
                 volume = np.array(part, dtype=np.float32, order="C")
-            n_nonfinite = _mend(volume, path, warnings)
+            n_nonfinite = _repair(volume, path, warnings)
             if not aligned:
                 volume = _onto(volume, header, reference, order=1, outside=float(volume.min()))
             channels.append(Channel(path, reference, volume, n_nonfinite))
@@ -76,61 +93,60 @@ def read_channels(
 
 
 def check_corpus(channel: Channel) -> None:
-    """What the published corpus takes of its four large sources: 15 voxels per axis or more, no negative value.
+    """Check what the published corpus takes of its four large sources: at least 15 voxels per axis, no negative value.
 
     Raises:
-        RejectedInput: "corpus_filter", it would not be in there.
+        RejectedInput: "corpus_filter"; the volume would not be in the corpus.
     """
     if min(channel.volume.shape) < CORPUS_MIN_AXIS:
-        found = " x ".join(map(str, channel.volume.shape))
-        text = f"expected at least {CORPUS_MIN_AXIS} voxels per axis, found {found}"
+        sides = " x ".join(map(str, channel.volume.shape))
+        text = f"expected at least {CORPUS_MIN_AXIS} voxels per axis, found {sides}"
         raise RejectedInput("corpus_filter", channel.path, text)
     if (minimum := channel.volume.min()) < 0:
         raise RejectedInput("corpus_filter", channel.path, f"expected no negative value, found {minimum:g}")
 
 
 def read_label(
-    path: Path,
-    reference: Header,
-    classes: Sequence[int],
-    label_map: Mapping[int, int],
-    how: Reading,
-    warnings: list[str],
+    path: Path, reference: Header, config: Config, warnings: list[str], *, classes: Sequence[int] = ()
 ) -> tuple[np.ndarray, list[int]]:
-    """A label on the grid of the image, its values checked and mapped: (X, Y, Z) uint8 in RAS; and the file's values.
+    """A label on the grid of the image, its values checked and mapped.
 
     Args:
         path: the label file.
         reference: header of the image.
-        classes: values that the file may hold; empty = any that end in 0..255.
-        label_map: old value to new.
+        config: with the label map; says which faults are refused, and which are repaired.
+        warnings: gets what was repaired or assumed.
+        classes: values that the file may hold, beside those of the label map; empty = 0..255.
+
+    Returns:
+        (X, Y, Z) uint8 in RAS, and the values in the file, before mapping.
 
     Raises:
         RejectedInput: any fault of the file, another grid, or other values.
     """
-    header, data = nifti.read(path, **how.options)
+    header, data = read_file(path, config)
     warnings += header.warnings
-    aligned = _aligned(header, reference, "label_geometry", how, warnings)
+    aligned = _on_one_grid(header, reference, "label_geometry", config.on_geometry_mismatch, warnings)
     if data.dtype.kind == "f":
         whole = np.rint(data)
         if not np.isfinite(data).all() or np.abs(data - whole).max() > INTEGER_TOLERANCE:
             raise RejectedInput("label_values", path, "expected whole numbers, found values between them or not finite")
         data = whole
     values = [int(value) for value in np.unique(data)]
-    allowed = {*classes, *label_map} if classes else {*range(256), *label_map}
+    allowed = {*(classes or range(256)), *config.label_map}
     if unknown := [value for value in values if value not in allowed]:
         accepted = " ".join(map(str, sorted(allowed))) if classes else "0..255"
-        found = " ".join(map(str, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
-        raise RejectedInput("label_values", path, f"expected label values {accepted}, found also {found}")
+        others = " ".join(map(str, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
+        raise RejectedInput("label_values", path, f"expected label values {accepted}, found also {others}")
     label = np.zeros(data.shape, dtype=np.uint8)
     for value in values:
-        if target := label_map.get(value, value):
+        if target := config.label_map.get(value, value):
             label[data == value] = target
     return label if aligned else _onto(label, header, reference, order=0, outside=0), values
 
 
-def _mend(volume: np.ndarray, path: Path, warnings: list[str]) -> int:
-    """Replace the few NaN or infinite voxels by the finite minimum, in place; return how many."""
+def _repair(volume: np.ndarray, path: Path, warnings: list[str]) -> int:
+    """Set the few NaN or infinite voxels to the finite minimum, in place; returns how many there were."""
     if np.isfinite(volume.min()) and np.isfinite(volume.max()):  # NaN and infinity pass through one of them
         return 0
     bad = ~np.isfinite(volume)
@@ -143,34 +159,36 @@ def _mend(volume: np.ndarray, path: Path, warnings: list[str]) -> int:
     return count
 
 
-def _aligned(header: Header, reference: Header, code: str, how: Reading, warnings: list[str]) -> bool:
-    """True where both files have one grid, False where `header`'s must be resampled.
+def _on_one_grid(header: Header, reference: Header, code: str, on_mismatch: str, warnings: list[str]) -> bool:
+    """Whether two files have one grid; False: that of `header` must be resampled.
 
-    Corners may differ by half the smallest voxel side. A file without orientation has the grid of another only where
-    both are stored in the same axes.
+    Corners may differ by half the smallest voxel side. A file without orientation has the grid of another file only
+    where both are stored along the same axes.
+
+    Raises:
+        RejectedInput: the grids differ, and `on_mismatch` is "reject" or a file has no orientation; with `code`.
     """
     if header is reference:
         return True
-    shapes = f"{_grid_text(header)}, {reference.path.name} has {_grid_text(reference)}"
+    grids = f"{_grid_text(header)}, {reference.path.name} has {_grid_text(reference)}"
     located = header.trusted and reference.trusted
     if header.ras_shape == reference.ras_shape:
         if located:
             distance = nifti.corner_distance(header.ras_grid, reference.ras_grid, header.ras_shape)
             limit = min(reference.spacing) / 2
             if SAME_CORNER < distance <= limit:
-                warnings.append(
-                    f"{code}: {header.path.name}: corners differ by {distance:.3g} mm from the first channel's"
-                )
+                text = f"corners differ by {distance:.3g} mm from the first channel's"
+                warnings.append(f"{code}: {header.path.name}: {text}")
             if distance <= limit:
                 return True
-            shapes += f"; corners differ by {distance:.3g} mm, accepted up to {limit:.3g} mm"
+            grids += f"; corners differ by {distance:.3g} mm, accepted up to {limit:.3g} mm"
         elif np.allclose(header.spacing, reference.spacing, rtol=nifti.SPACING_TOLERANCE):
             if (header.ornt == reference.ornt).all():
                 return True
-            shapes += "; one of them has no orientation (sform and qform code 0)"
-    if how.on_geometry_mismatch == "reject" or not located:
-        raise RejectedInput(code, header.path, f"expected one grid, found {shapes}")
-    warnings.append(f"{code}: {header.path.name}: resampled onto the first channel's grid; {shapes}")
+            grids += "; one of them has no orientation (sform and qform code 0)"
+    if on_mismatch == "reject" or not located:
+        raise RejectedInput(code, header.path, f"expected one grid, found {grids}")
+    warnings.append(f"{code}: {header.path.name}: resampled onto the first channel's grid; {grids}")
     return False
 
 
@@ -180,7 +198,7 @@ def _grid_text(header: Header) -> str:
 
 
 def _onto(volume: np.ndarray, header: Header, reference: Header, order: int, outside: float) -> np.ndarray:
-    """The volume on the reference's grid by position in mm; order 1 linear, order 0 nearest."""
+    """Resample the volume onto the reference's grid, by position in mm; order 1 is linear, order 0 nearest."""
     from scipy.ndimage import affine_transform
 
     matrix = np.linalg.inv(header.ras_grid) @ reference.ras_grid

@@ -1,9 +1,9 @@
 """Resampling of a volume to another shape: cubic B-spline with anti-aliasing for images, nearest for labels.
 
-Along each axis the whole of it (Gaussian, spline prefilter, spline evaluation) is one linear operator, so a volume
-needs three small sparse matrices instead of three passes of filters. The matrices are what SciPy's own filters make
-of the identity; their results are SciPy's up to rounding. Sparse products run in one thread, in a fixed order: the
-bytes of the result depend neither on the machine's number of cores nor on that of the workers.
+Along each axis, all steps together (Gaussian, spline prefilter, spline evaluation) are one linear operator, so a volume
+needs three small sparse matrices instead of three passes of filters. The matrices are what SciPy's filters make of the
+identity matrix, so the results are SciPy's up to rounding. Sparse products run in one thread and in a fixed order: the
+bytes of the result depend neither on the number of cores nor on the number of workers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage, sparse
 
-TAP_TOLERANCE = 1e-9  # weights below this are dropped; the spline's tails fall by 0.27 per voxel
+TAP_TOLERANCE = 1e-9  # smaller weights are dropped; those of the spline fall by a factor of 0.27 per voxel
 COLUMNS = 2048  # columns of one product along the first axis: (320, 2048) float64 = 5 MB, about a core's cache
 
 
@@ -76,7 +76,7 @@ def resample_labels(labels: np.ndarray, shape: Sequence[int], method: str = "nea
 
 
 def _apply(image: np.ndarray, operators: Sequence[sparse.csr_array | None]) -> np.ndarray:
-    """One operator per axis (None = leave it), the first axis before the others where that makes the volume smaller."""
+    """Apply one operator per axis (None = leave it); the first axis comes first where that makes the volume smaller."""
     first = operators[0]
     if first is not None and first.shape[0] <= first.shape[1]:
         return _along_slabs(_along_first(image, first), operators[1], operators[2])
@@ -85,6 +85,7 @@ def _apply(image: np.ndarray, operators: Sequence[sparse.csr_array | None]) -> n
 
 
 def _along_first(image: np.ndarray, operator: sparse.csr_array) -> np.ndarray:
+    """Axis 0, some columns at a time."""
     flat = image.reshape(image.shape[0], -1)  # (X, Y * Z)
     result = np.empty((operator.shape[0], flat.shape[1]), dtype=np.float32)
     for start in range(0, flat.shape[1], COLUMNS):
@@ -94,7 +95,7 @@ def _along_first(image: np.ndarray, operator: sparse.csr_array) -> np.ndarray:
 
 
 def _along_slabs(image: np.ndarray, second: sparse.csr_array | None, third: sparse.csr_array | None) -> np.ndarray:
-    """Axes 1 and 2, one (Y, Z) slab after the other, each in cache and in float64 until both are done."""
+    """Axes 1 and 2, one (Y, Z) slab after the other: each stays in the cache, in float64, until both axes are done."""
     if second is None and third is None:
         return np.array(image, order="C")
     sides = [n if op is None else op.shape[0] for n, op in zip(image.shape[1:], (second, third), strict=True)]
@@ -102,7 +103,7 @@ def _along_slabs(image: np.ndarray, second: sparse.csr_array | None, third: spar
     result = np.empty((image.shape[0], *sides), dtype=np.float32)
     for x, slab in enumerate(image):
         slab = slab.astype(np.float64)
-        for axis in (0, 1) if growth[0] <= growth[1] else (1, 0):  # the one that shrinks more goes first
+        for axis in (0, 1) if growth[0] <= growth[1] else (1, 0):  # the axis that shrinks more comes first
             operator = (second, third)[axis]
             if operator is not None:
                 slab = operator @ slab if axis == 0 else (operator @ slab.T).T
@@ -112,7 +113,7 @@ def _along_slabs(image: np.ndarray, second: sparse.csr_array | None, third: spar
 
 @lru_cache(maxsize=512)
 def _cubic(size: int, target: int) -> sparse.csr_array | None:
-    """(target, size) float64: SciPy's smoothing and cubic zoom of each unit vector; None where nothing changes."""
+    """(target, size) float64: SciPy's smoothing and cubic zoom of every unit vector; None where nothing changes."""
     if size == target:
         return None
     unit = np.eye(size)
@@ -134,4 +135,5 @@ def _sparse(matrix: np.ndarray) -> sparse.csr_array:
 
 
 def _nearest(size: int, target: int) -> np.ndarray:
+    """(target,): for each new voxel, the old voxel under its centre."""
     return np.minimum(np.floor((np.arange(target) + 0.5) * (size / target)).astype(np.intp), size - 1)

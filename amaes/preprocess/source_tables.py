@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+CORPUS_FILTER = ("auto", "on", "off")  # auto: as each source says
+
 
 @dataclass(frozen=True)
 class Source:
@@ -15,23 +17,23 @@ class Source:
 
     Attributes:
         dataset: first part of the ids; empty: the name of the folder.
-        layouts: expressions for the end of a path without its extension, from the start of a name on; the first that
-            fits takes the file. Groups: site, scanner and subject together are the subject; visit; description, which
-            `keep` and `drop` look at; sequence or suffix, from which the sequence is read (else the description); run
-            and entities, which go into the id.
+        layouts: regular expressions for the end of a path without its extension, from the start of a folder's or file's
+            name on; the first that fits takes the file. Groups: site, scanner and subject together are the subject;
+            visit; description, which `keep` and `drop` look at; sequence or suffix, from which the sequence is read
+            (else from the description); run and entities, which go into the id.
         excluded: (reason, expression) of paths below the folder that are left out whatever the layouts say.
-        keep, drop: descriptions to take, and not to.
-        sequences: (name, expression) of this source, tried before those of `amaes.preprocess.find_cases`.
+        keep, drop: expressions for descriptions of a series: which to take, and which of them not to.
+        sequences: (name, expression) of this source, tried before `amaes.preprocess.file_names.SEQUENCES`.
         volumes: sequences of the volumes of a 4-D file; empty: files are 3-D.
-        labels: expressions for the end of the path of a label file, with the groups of its case's subject and visit;
-            empty: not known here.
-        label_map: values of the label files that become others.
-        corpus_filter: the published corpus takes only what `amaes.preprocess.read_case.check_corpus` lets pass.
-        published: subjects, visits and volumes in Table 1; None: not there.
+        labels: expressions for the end of the path of a label file, with groups for the subject and visit of its case;
+            empty: labels of this source are not supported.
+        label_map: old value of the label files to new.
+        corpus_filter: the published corpus holds only volumes that pass `amaes.preprocess.read_case.check_corpus`.
+        published: subjects, visits and volumes in Table 1; None: the table does not list this source.
         listed: sequences in Table 1.
         held_out: seed and number of cases of the published evaluation split; see `hold_out`.
         corpus_is_pool: Table 1 counts the cases without those held out.
-        remark: what was seen in pretraining and is evaluated on, or is not as Table 1 says.
+        remark: a note for the user: which of its cases are evaluated on, or where it differs from Table 1.
     """
 
     dataset: str
@@ -224,3 +226,15 @@ SOURCES: dict[str, Source] = {
     ),
 }
 ALIASES = {"isles2022": "isles22"}
+
+
+def source_name(text: str) -> str:
+    """The key of a source by its name in upper or lower case.
+
+    Raises:
+        ValueError: no such source; lists them.
+    """
+    name = ALIASES.get(text.lower(), text.lower())
+    if name not in SOURCES:
+        raise ValueError(f"source {text!r} is unknown; choose from {', '.join(SOURCES)}")
+    return name

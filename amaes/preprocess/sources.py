@@ -1,6 +1,7 @@
 """Data sets as they are distributed: which file of a release is which volume, by its path alone.
 
-Every volume is a sample of one channel, called dataset/subject/visit/sequence[-run].
+Every volume is a case of one channel, called dataset/subject/visit/sequence[-run]. The order of the steps:
+`find_source` for each folder, then `leave_out_test`, `take_sequences` and `take_labels`, then `collect_sources`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,25 +18,26 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from amaes.preprocess.find_cases import Collection, Item, sequence_of, stem_of
-from amaes.preprocess.source_tables import ALIASES, SOURCES, Source
+from amaes.preprocess.collection import Collection, Item
+from amaes.preprocess.file_names import sequence_of, stem_of
+from amaes.preprocess.source_report import duplicates, notes
+from amaes.preprocess.source_tables import SOURCES, Source, source_name
 
-CORPUS_FILTER = ("auto", "on", "off")
-DICOM_LOOKS = 8  # files without extension that are looked into, per source
+DICOM_CHECKS = 8  # files without extension that are opened to see whether they are DICOM, per source
 
 
 # Reading a folder -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Found:
-    """What the folder of one source holds; paths are relative to it.
+class SourceFolder:
+    """The files of a folder that holds one source; paths are relative to the folder unless said otherwise.
 
     Attributes:
         name: key of `SOURCES`.
         root: the folder.
-        items: one per volume, in the order of the files.
-        excluded: reason to paths.
+        items: one per volume, in the order of the files; with whole paths.
+        excluded: reason to the paths that were left out for it.
         unmatched: NIfTI files that fit no layout.
         dicom: files that must be converted first.
         labels: label files of a case, by its subject and visit in small letters.
@@ -51,17 +53,18 @@ class Found:
 
     @property
     def source(self) -> Source:
+        """How the data set is distributed."""
         return SOURCES[self.name]
 
     @cached_property
-    def folder(self) -> str:
+    def folder_name(self) -> str:
         """The name of the folder as it was given, wherever a link leads."""
         return Path(os.path.normpath(self.root.absolute())).name
 
     @cached_property
     def dataset(self) -> str:
         """The first part of the ids."""
-        return self.source.dataset or _plain(self.folder)
+        return self.source.dataset or _id_part(self.folder_name)
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -70,20 +73,8 @@ class Found:
         return len({subject for subject, _ in visits}), len(visits), len(self.items)
 
 
-def source_name(text: str) -> str:
-    """The key of a source by its name in any capitals.
-
-    Raises:
-        ValueError: no such source; lists them.
-    """
-    name = ALIASES.get(text.lower(), text.lower())
-    if name not in SOURCES:
-        raise ValueError(f"source {text!r} is unknown; choose from {', '.join(SOURCES)}")
-    return name
-
-
-def find(name: str, root: str | Path) -> Found:
-    """The volumes of one source, by their paths; nothing is opened but a few files without an extension (DICOM?).
+def find_source(name: str, root: str | Path) -> SourceFolder:
+    """The volumes of one source, by their paths; of files without extension, a few are opened to recognise DICOM.
 
     What is left out by default, such as a test part, is taken where its own folder is given as `root`.
 
@@ -91,37 +82,40 @@ def find(name: str, root: str | Path) -> Found:
         FileNotFoundError: no such folder.
         ValueError: no such source.
     """
-    found = Found(source_name(name), Path(root))
-    if not found.root.is_dir():
-        raise FileNotFoundError(f"--source {name}={root}: no such folder")
-    layouts, labels = map(_compiled, (found.source.layouts, found.source.labels))
-    excluded = [(reason, re.compile(rule, re.IGNORECASE)) for reason, rule in found.source.excluded]
-    looks, unreadable = DICOM_LOOKS, []
-    for path in _walk(found.root, unreadable):
+    folder = SourceFolder(source_name(name), Path(root))
+    if not folder.root.is_dir():
+        raise FileNotFoundError(f"`source` {name}={root}: no such folder")
+    source = folder.source
+    layouts, label_layouts = _compiled(source.layouts), _compiled(source.labels)
+    excluded = [(reason, re.compile(rule, re.IGNORECASE)) for reason, rule in source.excluded]
+    unreadable: list[str] = []
+    n_checks = 0
+    for path in _walk(folder.root, unreadable):
         stem = stem_of(path)
-        if stem == path:
+        if stem == path:  # not a NIfTI file
             extension = PurePosixPath(path).suffix.lower()
-            looks -= not extension
-            if extension in (".dcm", ".ima", ".dicom") or (not extension and looks >= 0 and _is_dicom(root, path)):
-                found.dicom.append(path)
+            n_checks += not extension
+            to_check = not extension and n_checks <= DICOM_CHECKS
+            if extension in (".dcm", ".ima", ".dicom") or (to_check and _is_dicom(folder.root / path)):
+                folder.dicom.append(path)
             continue
         reason = next((reason for reason, rule in excluded if rule.search(stem)), None)
-        rules = {None: layouts, "label": labels}.get(reason, ())
-        match = next(filter(None, (rule.fullmatch(f"{found.folder}/{stem}") for rule in rules)), None)
+        rules = {None: layouts, "label": label_layouts}.get(reason, [])
+        match = next(filter(None, (rule.fullmatch(f"{folder.folder_name}/{stem}") for rule in rules)), None)
         if reason == "label" and match is not None:
-            subject, visit = _case(found.dataset, match.groupdict())
-            found.labels[subject.lower(), visit.lower()].append(path)
-        elif match is not None:
-            reason = _left_out(found.source, match.groupdict())
+            subject, visit = _subject_and_visit(folder.dataset, match.groupdict())
+            folder.labels[subject.lower(), visit.lower()].append(path)
+        elif match is not None and not _wanted_description(source, match.groupdict()):
+            reason = "description"
         if reason is not None:
-            found.excluded[reason].append(path)
+            folder.excluded[reason].append(path)
         elif match is None:
-            found.unmatched.append(path)
+            folder.unmatched.append(path)
         else:
-            found.items += _items(found, match.groupdict(), found.root / path)
+            folder.items += _items(folder, match.groupdict(), folder.root / path)
     if unreadable:
-        found.excluded["unreadable"] = unreadable
-    return found
+        folder.excluded["unreadable"] = unreadable
+    return folder
 
 
 def _compiled(rules: Sequence[str]) -> list[re.Pattern]:
@@ -131,17 +125,17 @@ def _compiled(rules: Sequence[str]) -> list[re.Pattern]:
 def _walk(root: Path, unreadable: list[str]) -> Iterator[str]:
     """Files below a folder, relative and with "/", sorted within each folder; hidden and resource files left out.
 
-    A folder that links lead to as well is walked under its own name, which rules may leave out. Folders below it that
-    cannot be read, such as lost+found of a disk, go into `unreadable`.
+    A folder that links lead to as well is walked under its own name, since rules may leave that name out. Folders that
+    cannot be read, such as lost+found of a disk, go into `unreadable`; the root itself must be readable.
     """
-    pending, links, seen = [""], deque(), set()
+    pending, links, visited = [""], deque(), set()
     while pending or links:
         folder = pending.pop() if pending else links.popleft()
         try:
             state = (root / folder).stat()
-            if (state.st_dev, state.st_ino) in seen:  # links in a circle are walked once
+            if (state.st_dev, state.st_ino) in visited:  # links in a circle are walked once
                 continue
-            seen.add((state.st_dev, state.st_ino))
+            visited.add((state.st_dev, state.st_ino))
             with os.scandir(root / folder) as entries:
                 entries = sorted(entries, key=lambda entry: entry.name)
         except OSError:
@@ -164,52 +158,53 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _is_dicom(root: str | Path, path: str) -> bool:
+def _is_dicom(path: Path) -> bool:
     try:
-        with Path(root, path).open("rb") as file:
+        with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
 
 
-def _left_out(source: Source, groups: Mapping) -> str | None:
+def _wanted_description(source: Source, groups: Mapping) -> bool:
+    """The description of a series, where the path has one, is among those that the source takes."""
     description = (groups.get("description") or "").lower()
-    return "description" if re.search(source.drop, description) or not re.search(source.keep, description) else None
+    return bool(re.search(source.keep, description)) and not re.search(source.drop, description)
 
 
-def _case(dataset: str, groups: Mapping) -> tuple[str, str]:
-    """Subject and visit."""
-    subject = "_".join(_plain(groups[name]) for name in ("site", "scanner", "subject") if groups.get(name))
-    return f"{dataset}/{subject}", _plain(groups.get("visit") or "ses-1")
+def _subject_and_visit(dataset: str, groups: Mapping) -> tuple[str, str]:
+    subject = "_".join(_id_part(groups[name]) for name in ("site", "scanner", "subject") if groups.get(name))
+    return f"{dataset}/{subject}", _id_part(groups.get("visit") or "ses-1")
 
 
-def _items(found: Found, groups: Mapping, path: Path) -> list[Item]:
+def _items(folder: SourceFolder, groups: Mapping, path: Path) -> list[Item]:
     """The volumes of one file: one, or those of a 4-D file."""
-    source, (subject, visit) = found.source, _case(found.dataset, groups)
+    source, (subject, visit) = folder.source, _subject_and_visit(folder.dataset, groups)
     text = groups.get("sequence") or groups.get("suffix") or groups.get("description")
     runs = [groups.get("run"), *(groups.get("entities") or "").split("_")]
     if text is None:
-        names = source.volumes
+        sequences = source.volumes
     else:
-        own = (name for name, rule in source.sequences if re.search(rule, text.lower()))
-        names = (next(own, None) or sequence_of(text) or "UNKNOWN",)
-        if (suffix := groups.get("suffix")) and suffix.lower() not in (names[0].lower(), f"{names[0]}w".lower()):
+        by_source = (name for name, rule in source.sequences if re.search(rule, text.lower()))
+        sequences = (next(by_source, None) or sequence_of(text) or "UNKNOWN",)
+        suffix, name = groups.get("suffix"), sequences[0].lower()
+        if suffix and suffix.lower() not in (name, f"{name}w"):
             runs.append(suffix)  # T1map and T1w are both T1
-    run = "".join(f"-{_plain(run)}" for run in runs if run)
+    run = "".join(f"-{_id_part(run)}" for run in runs if run)
     return [
         Item(
-            id=f"{subject}/{visit}/{name}{run}",
+            id=f"{subject}/{visit}/{sequence}{run}",
             images=(path,),
             subject=subject,
             session=visit,
-            sequence=name,
-            volume=(k, len(names)) if text is None else None,
+            sequence=sequence,
+            volume=(k, len(sequences)) if text is None else None,
         )
-        for k, name in enumerate(names)
+        for k, sequence in enumerate(sequences)
     ]
 
 
-def _plain(text: str) -> str:
+def _id_part(text: str) -> str:
     """A part of an id: folder names may hold blanks, dots and more; letters of any alphabet stay."""
     return re.sub(r"[^\w+-]+", "-", text).strip("-") or "-"
 
@@ -241,42 +236,43 @@ def hold_out(names: Sequence[str], seed: int, fraction: float = 0.25) -> tuple[l
     return [names[k] for k in order[n_test:]], [names[k] for k in order[:n_test]]
 
 
-def leave_out_test(found: Sequence[Found], name: str) -> None:
+def leave_out_test(folders: Sequence[SourceFolder], name: str) -> None:
     """Move the published test cases of a source from the items to `excluded["hold_out"]`.
 
     Raises:
-        ValueError: the source was not given or has no such split, or not all cases are there, of which it is made.
+        ValueError: the source was not given, or has no published split, or not all of its cases are there (the split is
+            a permutation of all).
     """
     name = source_name(name)
     if SOURCES[name].held_out is None:
         known = ", ".join(key for key, source in SOURCES.items() if source.held_out)
-        raise ValueError(f"--hold-out {name}: no test cases were published; choose from {known}")
+        raise ValueError(f"`hold_out` {name}: no test cases were published; choose from {known}")
     seed, expected = SOURCES[name].held_out
-    parts = [part for part in found if part.name == name]
+    parts = [folder for folder in folders if folder.name == name]
     if not parts:
-        raise ValueError(f"--hold-out {name}: no --source {name}=DIR is given")
+        raise ValueError(f"`hold_out` {name}: no `source` {name}=DIR is given")
     subjects = {item.subject.lower() for part in parts for item in part.items}  # sorted as if written in one way
     if len(subjects) != expected:
         text = f"the published split is a permutation of all {expected} cases, found {len(subjects)}"
-        raise ValueError(f"--hold-out {name}: {text}")
+        raise ValueError(f"`hold_out` {name}: {text}")
     test = set(hold_out(list(subjects), seed)[1])
     for part in parts:
-        _leave_out(part, "hold_out", lambda item: item.subject.lower() in test)
+        _leave_out(part, "hold_out", {item.id for item in part.items if item.subject.lower() in test})
 
 
-def take_sequences(found: Sequence[Found], names: Sequence[str]) -> None:
+def take_sequences(folders: Sequence[SourceFolder], names: Sequence[str]) -> None:
     """Move volumes of other sequences from the items to `excluded["sequence"]`."""
-    for part in found:
-        _leave_out(part, "sequence", lambda item: item.sequence not in names)
+    for folder in folders:
+        _leave_out(folder, "sequence", {item.id for item in folder.items if item.sequence not in names})
 
 
-def _leave_out(part: Found, reason: str, unwanted: Callable[[Item], bool]) -> None:
-    left = [item for item in part.items if unwanted(item)]
-    part.items = [item for item in part.items if not unwanted(item)]
-    part.excluded[reason] += [item.images[0].relative_to(part.root).as_posix() for item in left]
+def _leave_out(folder: SourceFolder, reason: str, ids: set[str]) -> None:
+    unwanted = [item for item in folder.items if item.id in ids]
+    folder.items = [item for item in folder.items if item.id not in ids]
+    folder.excluded[reason] += [item.images[0].relative_to(folder.root).as_posix() for item in unwanted]
 
 
-def take_labels(found: Sequence[Found]) -> dict[int, int]:
+def take_labels(folders: Sequence[SourceFolder]) -> dict[int, int]:
     """Give every volume the label of its case; a volume without one cannot be used.
 
     Returns:
@@ -286,142 +282,72 @@ def take_labels(found: Sequence[Found]) -> dict[int, int]:
         ValueError: a source whose labels are not known here, sources of different labels, or two labels of one case.
     """
     known = [name for name, source in SOURCES.items() if source.labels]
-    names = list(dict.fromkeys(part.name for part in found))
+    names = list(dict.fromkeys(folder.name for folder in folders))
     if len(names) > 1 or names[0] not in known:
-        raise ValueError(f"--with-labels: expected one of {', '.join(known)}, found {' and '.join(names)}")
-    for part in found:
-        part.items = [_labelled(part, item) for item in part.items]
-        used = {item.label for item in part.items}
-        part.excluded["label"] = [path for path in part.excluded["label"] if part.root / path not in used]
+        raise ValueError(f"`with_labels`: expected one of {', '.join(known)}, found {' and '.join(names)}")
+    for folder in folders:
+        folder.items = [_with_label(folder, item) for item in folder.items]
+        used = {item.label for item in folder.items}
+        folder.excluded["label"] = [path for path in folder.excluded["label"] if folder.root / path not in used]
     return dict(SOURCES[names[0]].label_map)
 
 
-def _labelled(part: Found, item: Item) -> Item:
-    paths = part.labels.get((item.subject.lower(), item.session.lower()), [])
+def _with_label(folder: SourceFolder, item: Item) -> Item:
+    paths = folder.labels.get((item.subject.lower(), item.session.lower()), [])
     if not paths:
-        text = f"{item.id}: expected the label of {item.subject} below {part.root}, found none"
+        text = f"{item.id}: expected the label of {item.subject} below {folder.root}, found none"
         return replace(item, problem=("missing_label", text))
     if len(paths) > 1:
-        raise ValueError(f"id_collision: {paths[0]} and {paths[1]} in {part.root} are both the label of {item.subject}")
-    return replace(item, label=part.root / paths[0])
+        text = f"{paths[0]} and {paths[1]} in {folder.root} are both the label of {item.subject}"
+        raise ValueError(f"id_collision: {text}")
+    return replace(item, label=folder.root / paths[0])
 
 
-def gather(found: Sequence[Found], corpus_filter: str = "auto") -> Collection:
+# All sources together -------------------------------------------------------------------------------------------------
+
+
+def collect_sources(folders: Sequence[SourceFolder], corpus_filter: str = "auto") -> Collection:
     """One collection of the volumes of all sources.
 
     Args:
-        found: of `find`.
+        folders: of `find_source`.
         corpus_filter: "auto" as each source says, "on", "off".
 
     Raises:
-        ValueError: nothing was found, two files have one id, two sources take one file, or two folders that name the
-            data set have one name.
+        ValueError: there is no volume, two files have one id, two sources take one file, or the ids of two data sets
+            would begin with one folder name.
     """
-    _check_apart(found)
+    _check_no_overlap(folders)
     items = []
-    for part in found:
-        chosen = part.source.corpus_filter if corpus_filter == "auto" else corpus_filter == "on"
-        items += [replace(item, corpus_filter=True) for item in part.items] if chosen else part.items
+    for folder in folders:
+        filtered = folder.source.corpus_filter if corpus_filter == "auto" else corpus_filter == "on"
+        items += [replace(item, corpus_filter=True) for item in folder.items] if filtered else folder.items
+    all_notes = [note for folder in folders for note in notes(folder)]
     if not items:
-        raise ValueError("no volume was found; " + " ".join(note for part in found for note in notes(part)))
-    if same := duplicates(found):
-        shown = "; ".join(f"{first} and {second} both map to {name!r}" for name, first, second in same[:3])
+        raise ValueError("no volume was found; " + " ".join(all_notes))
+    if same := duplicates(folders):
+        shown = "; ".join(f"{first} and {second} both map to {id!r}" for id, first, second in same[:3])
         raise ValueError(f"id_collision: {len(same)} ids come from two files: {shown}")
-    told = [note for part in found for note in notes(part)]
-    return Collection(sorted(items, key=lambda item: item.id), ["image"], notes=told)
+    return Collection(sorted(items, key=lambda item: item.id), ["image"], notes=all_notes)
 
 
-def _check_apart(found: Sequence[Found]) -> None:
-    """Refuse sources that overlap, and data sets whose subjects would become one."""
-    taken: dict[tuple[int, int], tuple[Found, Path]] = {}
-    datasets: dict[str, Found] = {}
-    for part in found:
-        other = datasets.setdefault(part.dataset.lower(), part)
-        for path in {item.images[0]: None for item in part.items} if len(found) > 1 else ():
+def _check_no_overlap(folders: Sequence[SourceFolder]) -> None:
+    """Refuse sources that take one file, and data sets whose subjects would have the same ids."""
+    taken: dict[tuple[int, int], tuple[SourceFolder, Path]] = {}  # device and inode to who has the file
+    by_dataset: dict[str, SourceFolder] = {}
+    for folder in folders:
+        other = by_dataset.setdefault(folder.dataset.lower(), folder)
+        for path in {item.images[0]: None for item in folder.items} if len(folders) > 1 else ():
             with suppress(OSError):  # preprocessing says what is wrong with it
                 state = path.stat()
-                first, same = taken.setdefault((state.st_dev, state.st_ino), (part, path))
-                if first is not part:
-                    given = f"--source {first.name}={first.root} and --source {part.name}={part.root}"
-                    raise ValueError(f"{given} both take one file, {same} and {path}; give each folder once")
-        if other is not part and not (part.source.dataset and other.source.dataset):
-            given = f"--source {other.name}={other.root} and --source {part.name}={part.root}"
-            raise ValueError(
-                f"{given}: ids of both would begin with {part.dataset!r}; give one by a link of another name"
-            )
+                first, same = taken.setdefault((state.st_dev, state.st_ino), (folder, path))
+                if first is not folder:
+                    text = f"both take one file, {same} and {path}; give each folder once"
+                    raise ValueError(f"{_both(first, folder)} {text}")
+        if other is not folder and not (folder.source.dataset and other.source.dataset):
+            text = f"ids of both would begin with {folder.dataset!r}; give one by a link of another name"
+            raise ValueError(f"{_both(other, folder)}: {text}")
 
 
-def duplicates(found: Sequence[Found]) -> list[tuple[str, Path, Path]]:
-    """(id, first file, other file) of ids that several files have."""
-    taken: dict[str, Path] = {}
-    same = []
-    for part in found:
-        for item in part.items:
-            first = taken.setdefault(item.id, item.images[0])
-            if first is not item.images[0]:
-                same.append((item.id, first, item.images[0]))
-    return same
-
-
-# Telling --------------------------------------------------------------------------------------------------------------
-
-
-def notes(found: Found) -> list[str]:
-    """What the user should know of one source, one line each."""
-    told = []
-    for reason, paths in ((reason, paths) for reason, paths in found.excluded.items() if paths):
-        where = "; give its folder as DIR to take it" if reason == "other_part" else ""
-        told.append(f"{found.name}: {len(paths)} volumes or files left out, {reason} ({_some(paths)}){where}")
-    if found.unmatched:
-        told.append(f"{found.name}: {len(found.unmatched)} NIfTI files match no rule ({_some(found.unmatched)})")
-    elif not found.items and not any(found.excluded.values()):
-        told.append(f"{found.name}: no .nii or .nii.gz file in {found.root}")
-    if found.dicom:
-        told.append(f"{found.name}: DICOM files ({_some(found.dicom)}): convert them first, with dcm2niix for one")
-    labelled = sum(item.label is not None for item in found.items)  # of a task, to which its test cases belong
-    without = sum(item.problem is not None for item in found.items)
-    if labelled or without:
-        told.append(f"{found.name}: {labelled} volumes have a label, {without} have none and will be rejected")
-    if found.source.corpus_is_pool and "hold_out" not in found.excluded and found.items and not labelled:
-        told.append(f"{found.name}: {_hold_out_note(found)}")
-    if found.source.remark and found.items:
-        told.append(f"{found.name}: {found.source.remark}")
-    return told
-
-
-def _hold_out_note(found: Found) -> str:
-    subjects, _, volumes = found.counts
-    expected = found.source.held_out[1]
-    text = "THE TEST CASES ARE AMONG THESE; for the published experiment add --hold-out " + found.name
-    if subjects != expected:
-        return f"{text}, which needs all {expected} cases (found {subjects})"
-    kept, per_subject = subjects - math.ceil(subjects / 4), volumes / subjects
-    return f"{text}: {subjects} subjects and {volumes} volumes become {kept} and {kept * per_subject:.0f}"
-
-
-def describe(found: Sequence[Found]) -> str:
-    """What each source holds beside Table 1, and what was left out and why: a dry run's report."""
-    lines = []
-    for part in found:
-        published = part.source.published or ("-",) * 3
-        lines += [f"{part.name}: {part.root}", f"  {'':10} {'found':>7} {'Table 1':>8}"]
-        for kind, here, there in zip(("subjects", "visits", "volumes"), part.counts, published, strict=True):
-            lines.append(f"  {kind:10} {here:7} {there:>8}")
-        sequences = sorted(Counter(item.sequence for item in part.items).items())
-        listed = f"  (Table 1: {part.source.listed})" if part.source.listed else ""
-        lines.append("  sequences  " + ", ".join(f"{name} {count}" for name, count in sequences) + listed)
-        lines += [f"  note: {note}" for note in notes(part)]
-    totals = [sum(column) for column in zip(*(part.counts for part in found), strict=True)]
-    tabled = [SOURCES[name].published for name in {part.name: None for part in found} if SOURCES[name].published]
-    expected = [sum(column) for column in zip(*tabled, strict=True)] or [0, 0, 0]
-    lines.append("total: {} subjects, {} visits, {} volumes".format(*totals))
-    lines.append("Table 1 of these sources: {} subjects, {} visits, {} volumes".format(*expected))
-    same = duplicates(found)
-    lines += [f"id_collision: {first} and {second} both map to {name!r}" for name, first, second in same[:20]]
-    if len(same) > 20:
-        lines.append(f"id_collision: {len(same) - 20} more")
-    return "\n".join(lines) + "\n"
-
-
-def _some(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+def _both(first: SourceFolder, second: SourceFolder) -> str:
+    return f"`source` {first.name}={first.root} and `source` {second.name}={second.root}"

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from amaes import distributed
+from amaes.hardware import peak_gb
+
+if TYPE_CHECKING:
+    from amaes.data.order import Share
+    from amaes.objectives import Objective
 
 # Dense bf16 matrix products, TFLOP/s, from the makers' data sheets; the first name that is part of the GPU's is taken.
 PEAK_TFLOPS = {
@@ -18,7 +26,7 @@ PEAK_TFLOPS = {
 
 def seconds_per_step(step: Callable[[], None], count: int, device: torch.device) -> float:
     """Mean seconds of `count` calls after a tenth of them (at least 2) to warm up."""
-    for _ in range(max(2, count // 10)):
+    for _ in range(_warm_up(count)):
         step()
     _finish(device)
     began = time.perf_counter()
@@ -31,6 +39,70 @@ def seconds_per_step(step: Callable[[], None], count: int, device: torch.device)
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def time_training(
+    model: Callable,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    batches: Iterator[dict],
+    share: Share,
+    autocast: torch.autocast,
+    ranks: distributed.Ranks,
+    *,
+    count: int,
+) -> dict[str, float]:
+    """Seconds per training step, with less and less left out. The weights change; nothing is written.
+
+    Args:
+        model: of `amaes.distributed.wrap`.
+        optimizer: of its network.
+        objective: what it is trained for.
+        batches: of `amaes.data.loader`, for `steps_needed(count)` steps.
+        share: how a batch is shared out.
+        autocast: context of the forward pass.
+        ranks: this process among all.
+        count: steps that are timed of each kind.
+
+    Returns:
+        By what a step included: "network", "augmentation" (and the network), "data" (and both), and with several ranks
+        "alone" (the network without the exchange of gradients).
+    """
+    batch = next(batches)
+    prepared = objective.prepare(batch, ranks.device)
+
+    def step(micro_batches: Iterable[tuple], exchange: bool = True) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for micro, (inputs, targets) in enumerate(micro_batches):
+            with distributed.sync_gradients(model, last=exchange and micro == share.accumulate - 1):
+                with autocast:
+                    outputs = model(inputs)
+                losses = objective.losses(outputs, targets)
+                (sum(losses.values()) / share.accumulate).backward()
+        optimizer.step()
+
+    micro_steps = range(share.accumulate)
+    kinds: dict[str, Callable[[], None]] = {
+        "network": lambda: step(prepared for _ in micro_steps),
+        "augmentation": lambda: step(objective.prepare(batch, ranks.device) for _ in micro_steps),
+        "data": lambda: step(objective.prepare(next(batches), ranks.device) for _ in micro_steps),
+    }
+    if ranks.world > 1:
+        kinds["alone"] = lambda: step((prepared for _ in micro_steps), exchange=False)
+    seconds = {}
+    for name, one_step in kinds.items():
+        distributed.barrier()
+        seconds[name] = seconds_per_step(one_step, count, ranks.device)
+    return seconds
+
+
+def steps_needed(count: int) -> int:
+    """Steps that `time_training` reads batches for: of three kinds, with their warm-up."""
+    return 3 * (count + _warm_up(count))
+
+
+def _warm_up(count: int) -> int:
+    return max(2, count // 10)
 
 
 def training_flop(network: nn.Module, shape: Sequence[int]) -> float:
@@ -53,18 +125,13 @@ def peak_tflops(device: torch.device) -> tuple[str, float | None]:
     return name, next((limit for part, limit in PEAK_TFLOPS.items() if part in name), None)
 
 
-def table(
-    seconds: dict[str, float], batch_size: int, world: int, flop: float, gb: float, device: torch.device
-) -> list[str]:
+def timing_table(seconds: dict[str, float], share: Share, flop: float, device: torch.device) -> list[str]:
     """What was measured, a line each, the verdict last.
 
     Args:
-        seconds: per step, by what it included: "network", "augmentation" (and the network), "data" (and both), and
-            with several ranks "alone" (the network without the exchange of gradients).
-        batch_size: patches per step over all ranks.
-        world: number of ranks.
+        seconds: of `time_training`.
+        share: how a batch is shared out.
         flop: of one patch, forward and backward.
-        gb: peak memory.
         device: where it ran.
     """
     rows = {
@@ -75,12 +142,12 @@ def table(
     if "alone" in seconds:
         rows = {"network, gradients not exchanged": seconds["alone"], **rows}
     lines = [f"{'per step':34s} {'ms':>9s} {'patches/s':>10s}"]
-    lines += [f"{name:34s} {1000 * s:9.1f} {batch_size / s:10.2f}" for name, s in rows.items()]
+    lines += [f"{name:34s} {1000 * s:9.1f} {share.batch_size / s:10.2f}" for name, s in rows.items()]
     name, limit = peak_tflops(device)
-    rate = flop * batch_size / world / seconds["network"] / 1e12
+    rate = flop * share.of_rank / seconds["network"] / 1e12
     share = "" if limit is None else f", {100 * rate / limit:.1f} % of the {limit:.0f} of {name} in bf16"
     lines.append(f"network alone: {rate:.3g} TFLOP/s per {'GPU' if device.type == 'cuda' else 'rank'}{share}")
-    lines.append(f"peak memory: {gb:.2f} GB on {name}")
+    lines.append(f"peak memory: {peak_gb(device):.2f} GB on {name}")
     return [*lines, verdict(seconds)]
 
 

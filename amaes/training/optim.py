@@ -1,4 +1,4 @@
-"""Hyper-parameters as published, the optimizer, and the learning rate as a function of the step."""
+"""The optimizer, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -6,46 +6,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-
-# Appendix A of arXiv 2408.00640: AdamW with amsgrad, weight decay 3e-5. Its table lost the spans of two rows, so that
-# learning rate and batch size can be read in two ways, "appendix_r1" and "appendix_r2"; "code" is what the published
-# program passes to AdamW. Rows: (task, first part of the architecture's name), the first that fits is taken.
-_APPENDIX = {"weight_decay": 3e-5, "amsgrad": True}
-_R1 = {
-    ("pretrain", "swin"): {"lr": 1e-4, "batch_size": 8},
-    ("pretrain", ""): {"lr": 1e-4, "batch_size": 16},
-    ("finetune", "mednext"): {"lr": 6e-4, "batch_size": 2},
-    ("finetune", "swin"): {"lr": 1e-4, "batch_size": 4},
-    ("finetune", ""): {"lr": 5e-4, "batch_size": 8},
-}
-_R2 = {
-    ("pretrain", "mednext_m"): {"lr": 5e-4, "batch_size": 8},
-    ("pretrain", "mednext"): {"lr": 1e-4, "batch_size": 8},
-    ("pretrain", "swin"): {"lr": 6e-4, "batch_size": 2},
-    ("pretrain", ""): {"lr": 1e-4, "batch_size": 16},
-    ("finetune", ""): {"lr": 1e-4, "batch_size": 4},
-}
-_CODE = {("pretrain", ""): {"lr": 1e-4, "batch_size": 16}, ("finetune", ""): {"lr": 1e-4, "batch_size": 8}}
-PRESETS: dict[str, tuple[dict, dict]] = {
-    "appendix_r1": (_R1, _APPENDIX),
-    "appendix_r2": (_R2, _APPENDIX),
-    "code": (_CODE, {"weight_decay": 0.01, "amsgrad": False}),
-}
-
-
-def hyperparameters(preset: str, task: str, arch: str) -> dict:
-    """Learning rate, global batch size, weight decay and amsgrad of a preset.
-
-    Args:
-        preset: a key of PRESETS.
-        task: "pretrain" or "finetune".
-        arch: name of the architecture.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown; accepted: {', '.join(PRESETS)}")
-    rows, common = PRESETS[preset]
-    row = next(row for (row_task, start), row in rows.items() if row_task == task and arch.startswith(start))
-    return row | common
 
 
 def build_optimizer(
@@ -74,14 +34,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def skip_if_not_finite(optimizer: torch.optim.Optimizer, network: torch.nn.Module) -> torch.Tensor:
-    """Make the next `optimizer.step()` do nothing if a gradient is NaN or infinite, without waiting for the device.
+def optimizer_step(optimizer: torch.optim.Optimizer, network: torch.nn.Module, on_nan: str) -> torch.Tensor | None:
+    """Update the weights; with `on_nan` "skip" not where a gradient is NaN or infinite, without waiting for the device.
 
-    The fused optimizers read the flag where they run, as they do for loss scaling.
+    The fused optimizers read the flag on the device, as they do for loss scaling.
 
     Returns:
-        The flag, a scalar: 1 where the step will be left out, else 0.
+        The flag of "skip", a scalar: 1 where the step was left out, else 0. None with `on_nan` "stop".
     """
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    optimizer.found_inf = (~torch.nn.utils.get_total_norm(gradients).isfinite()).float()
-    return optimizer.found_inf
+    skipped = None
+    if on_nan == "skip":
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        skipped = (~torch.nn.utils.get_total_norm(gradients).isfinite()).float()
+        optimizer.found_inf = skipped
+    optimizer.step()
+    return skipped

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-
-from amaes import cli
-from amaes.augment import Options
-from amaes.distributed import Ranks
-from amaes.hardware import COMPILE_CHOICES, PRECISIONS
-from amaes.models import ARCHITECTURES, ENCODER_OPTIONS, build_encoder
-from amaes.training.optim import PRESETS, hyperparameters
+from amaes import cli, objectives
+from amaes.augment.options import Options
+from amaes.choices import COMPILE, CROPS, DEVICES, ON_ERROR, PRECISIONS, RECONSTRUCTION_MEANS
+from amaes.models.build import (
+    ARCHITECTURES,
+    ENCODER_OPTIONS,
+    RECONSTRUCTION_DECODERS,
+    RECONSTRUCTION_HEADS,
+    SEGMENTATION_DECODERS,
+)
+from amaes.training.presets import PRESETS, hyperparameters
 
 
 def add_model_options(parser: cli.Parser, arch: str) -> None:
@@ -49,9 +51,9 @@ _ENCODER_OPTIONS = {
 }
 
 
-def encoder_options(args: argparse.Namespace) -> dict[str, str]:
-    """The options of the encoder that were given, as arguments of `build_encoder`."""
-    return {name: getattr(args, name) for name in _ENCODER_OPTIONS if getattr(args, name) is not None}
+def given(**options: object) -> dict:
+    """Those of the options that were given, as keyword arguments; None = not given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _accumulate(text: str) -> int | str:
@@ -84,20 +86,6 @@ def augment_option(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a value like {name}={defaults[name]}") from None
 
 
-def unique(pairs: list[tuple[str, object]], **taken: object) -> dict:
-    """NAME=VALUE options as keyword arguments, together with those that have an option of their own.
-
-    Raises:
-        ValueError: a name was given twice.
-    """
-    given = dict(taken)
-    for name, value in pairs:
-        if name in given:
-            raise ValueError(f"--augment-options {name}={value}: {name} is {given[name]} already")
-        given[name] = value
-    return given
-
-
 def _number_or_name(text: str) -> float | str:
     try:
         return float(text)
@@ -114,6 +102,57 @@ _AS_DEFAULT = {
 }
 
 
+_OBJECTIVE_HELP = {  # of every option that only some objectives read
+    "crop": "amaes: place uniformly the window that is read (as published), or the patch in it",
+    "mask_ratio": "amaes: fraction of tokens hidden",
+    "token_size": "amaes: side of a token, voxels",
+    "loss_over": "amaes: voxels of the mean squared error",
+    "decoder": "amaes: light (half the convolutions) or standard; supervised: unet or mednext",
+    "skips": "amaes: connect encoder and decoder",
+    "corruption": "swin: the largest share of a view that a round damages",
+    "reconstruction_head": "swin: head that rebuilds the view",
+    "deep_supervision": "supervised: also train on the outputs of coarser stages",
+    "foreground": "supervised: share of patches around a foreground voxel",
+}
+_OBJECTIVE_TYPES: dict[str, dict] = {
+    "crop": {"choices": CROPS},
+    "mask_ratio": {"type": cli.fraction},
+    "token_size": {"type": cli.positive_int},
+    "loss_over": {"choices": RECONSTRUCTION_MEANS},
+    "decoder": {"choices": [*RECONSTRUCTION_DECODERS, *SEGMENTATION_DECODERS]},
+    "skips": {"action": "store_const", "const": True},
+    "corruption": {"type": cli.fraction},
+    "reconstruction_head": {"choices": list(RECONSTRUCTION_HEADS)},
+    "deep_supervision": {"action": "store_const", "const": True},
+    "foreground": {"type": cli.fraction},
+}
+
+
+def add_objective_options(parser: cli.Parser) -> None:
+    """What only some of the objectives read; None where not given, so that it can be refused with another."""
+    add = parser.add_argument_group("objective: the options of one are refused with another").add_argument
+    for name, text in _OBJECTIVE_HELP.items():
+        own = [objectives.options_of(objective) for objective in objectives.OBJECTIVES]
+        defaults = [str(options[name]) for options in own if options.get(name, False) is not False]
+        shown = f" (default: {', '.join(defaults)})" if defaults else ""
+        add(f"--{name.replace('_', '-')}", help=text + shown, **_OBJECTIVE_TYPES[name])
+
+
+def settle_objective_options(parser: cli.Parser, args: argparse.Namespace) -> None:
+    """Fill in the defaults of the chosen objective's options, and refuse those of the others."""
+    own = objectives.options_of(args.objective)
+    for name in _OBJECTIVE_HELP:
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, own.get(name))
+        elif name not in own:
+            shown = name.replace("_", "-") if given is True else f"{name.replace('_', '-')} {given}"
+            parser.error(f"--{shown}: is not read with --objective {args.objective}")
+    decoders = {"amaes": RECONSTRUCTION_DECODERS, "supervised": SEGMENTATION_DECODERS}.get(args.objective, {})
+    if args.decoder is not None and args.decoder not in decoders:
+        parser.error(f"--decoder {args.decoder}: --objective {args.objective} takes {' or '.join(decoders)}")
+
+
 def add_run_options(parser: cli.Parser, out: str, save_every: int) -> Callable:
     """Where the run goes, what it runs on, and what it writes; returns what adds an option to these."""
     add = parser.add_argument_group("run").add_argument
@@ -122,17 +161,17 @@ def add_run_options(parser: cli.Parser, out: str, save_every: int) -> Callable:
     add("--overwrite", action="store_true", help="delete the run found in --out and start over")
     add("--seed", type=cli.seed, default=0, help="of weights, order, crops, augmentation, masks, validation split")
     add("--workers", type=cli.non_negative_int, default=2, help="processes per rank that read patches")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    add("--device", choices=DEVICES, default="auto", help="auto: CUDA where there is a GPU")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 autocast on CUDA, fp32 on the CPU")
-    add("--on-nan", choices=["stop", "skip"], default="stop", help="a step whose gradient is not finite (few may be)")
+    add("--on-nan", choices=ON_ERROR, default="stop", help="a step whose gradient is not finite (few may be)")
     add(
         "--on-bad-case",
-        choices=["stop", "skip"],
+        choices=ON_ERROR,
         default="stop",
         help="a case that cannot be read; skip: another one takes its place, counted, as long as they are few",
     )
     add("--checkpoint-activations", action="store_true", help="less memory, more time: run stages again to go back")
-    add("--compile", choices=COMPILE_CHOICES, default="auto", help="torch.compile; auto: on CUDA where it works")
+    add("--compile", choices=COMPILE, default="auto", help="torch.compile; auto: on CUDA where it works")
     add("--log-every", type=cli.positive_int, default=10, metavar="STEPS", help="steps between lines of metrics.jsonl")
     add("--save-every", type=cli.positive_int, default=save_every, metavar="STEPS", help="steps between checkpoints")
     add(
@@ -170,71 +209,19 @@ def parse(parser: cli.Parser, task: str, argv: list[str] | None = None) -> argpa
     if len(args.patch_size) not in (1, 3):
         parser.error(f"--patch-size {_words(args.patch_size)}: {len(args.patch_size)} numbers, accepted: N or X Y Z")
     args.patch_size = tuple(args.patch_size * 3 if len(args.patch_size) == 1 else args.patch_size)
+    names = [name for name, _ in args.augment_options]
+    for name in names:
+        if names.count(name) > 1 or hasattr(args, name):
+            parser.error(f"--augment-options {name}: given twice")
     return args
 
 
-def as_plain(args: argparse.Namespace) -> dict:
-    """The options as plain data, for config.json and checkpoints."""
+def as_plain(options: Mapping[str, object]) -> dict:
+    """The options (`vars` of the parsed command line) as plain data, for config.json and checkpoints."""
     plain = {}
-    for name, value in sorted(vars(args).items()):
+    for name, value in sorted(options.items()):
         plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
     return plain
-
-
-def check_patch_size(patch_size: tuple[int, int, int], arch: str, token_size: int = 1) -> None:
-    """Refuse a patch that the network or the mask cannot divide, or of which the coarsest stage keeps too few voxels.
-
-    Raises:
-        ValueError: names sizes that are accepted.
-    """
-    with torch.device("meta"):
-        encoder = build_encoder(arch)
-    stride, fewest = encoder.strides[-1], encoder.fewest_voxels
-    unit = math.lcm(stride, token_size)
-    takes = f"{arch} with tokens of {token_size} takes multiples of {unit}"
-    for side in patch_size:
-        if side % unit or side < unit:
-            below = max(side // unit, -(-2 * stride // unit)) * unit
-            raise ValueError(
-                f"--patch-size {_words(patch_size)}: {side} is not accepted; {takes}, e.g. {below} or {below + unit}"
-            )
-    left = math.prod(side // stride for side in patch_size)
-    if left < fewest:
-        raise ValueError(
-            f"--patch-size {_words(patch_size)}: leaves {left} voxels at the coarsest stage, too few for its norms; "
-            f"{takes} that leave {fewest} or more, one for {stride} x {stride} x {stride}"
-        )
-
-
-def check_batch(batch_size: int, world: int, accumulate: int | str) -> None:
-    """Refuse a global batch that ranks and micro-steps cannot share out evenly."""
-    pieces = world * (1 if accumulate == "auto" else accumulate)
-    if batch_size % pieces:
-        shares = f"{world} ranks" + ("" if accumulate == "auto" else f" x --accumulate {accumulate}")
-        raise ValueError(
-            f"--batch-size {batch_size}: cannot be split over {shares}; accepted: multiples of {pieces}, "
-            f"e.g. {max(1, batch_size // pieces) * pieces}"
-        )
-
-
-def check_mask(patch_size: tuple[int, int, int], token_size: int, mask_ratio: float, loss_over: str) -> None:
-    """Refuse a mask that hides every token, or none where only hidden voxels count."""
-    tokens = math.prod(side // token_size for side in patch_size)
-    kept = int(tokens * (1 - mask_ratio))
-    if kept == 0 or (kept == tokens and loss_over != "all"):
-        raise ValueError(
-            f"--mask-ratio {mask_ratio}: keeps {kept} of {tokens} tokens of {token_size} voxels; at least one must be "
-            "kept, and with --loss-over masked at least one hidden"
-        )
-
-
-def describe_batch(batch_size: int, accumulate: int, ranks: Ranks, steps: int) -> str:
-    """One line: how the global batch is cut."""
-    micro = batch_size // (ranks.world * accumulate)
-    return (
-        f"{steps} steps of {batch_size} patches = {ranks.world} ranks x {accumulate} micro-steps x {micro} "
-        f"on {ranks.device.type}"
-    )
 
 
 def _words(numbers: tuple[int, ...] | list[int]) -> str:

@@ -6,9 +6,10 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,12 +17,13 @@ from tqdm import tqdm
 
 from amaes import distributed
 from amaes.files import write_json
-from amaes.training.run_folder import Metrics
+from amaes.hardware import peak_gb, resident_gb
+from amaes.training.run_folder import MetricsFile, describe_step
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+if TYPE_CHECKING:
+    from amaes.data.order import Batches
+    from amaes.data.several_stores import SeveralStores
+    from amaes.data.store import Store
 
 
 class Clock:
@@ -79,97 +81,102 @@ class Clock:
         return event
 
 
-def peak_gb(device: torch.device) -> float:
-    """Largest memory so far, GB: of the GPU, or of this process on the CPU (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
-        return 0.0
-    kilo = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9
-
-
-def resident_gb() -> float:
-    """Memory of this process in use now, GB (0 where the system does not tell)."""
-    table = Path("/proc/self/statm")
-    return int(table.read_text().split()[1]) * resource.getpagesize() / 1e9 if table.is_file() else 0.0
-
-
 class Progress:
     """The loss so far, where the time goes, and the lines that say so: tqdm and `metrics.jsonl`, on rank 0.
 
     Args:
         folder: where metrics.jsonl is.
         ranks: this process among all.
-        step, total: where the run begins and ends.
-        every: steps between lines.
-        batch_size: patches per step over all ranks.
-        accumulate: micro-steps per step.
-        describe: what a step was made of, as plain data, for the report of a loss that is not finite.
-        all_reduce_ms: see `amaes.distributed.Wrapped`.
+        network: whose gradients and weights are watched.
+        order: which cases the steps are made of; of it also how a batch is shared out.
+        store: of the cases.
+        draw: of the objective; with `order` and `store` it describes a step whose loss is not finite.
+        log_every: steps between lines.
+
+    Attributes:
+        clock: for the parts of a step.
+        validated: the last step that a validation was written for.
     """
 
     def __init__(
         self,
         folder: Path,
         ranks: distributed.Ranks,
-        step: int,
-        total: int,
-        every: int,
-        batch_size: int,
-        accumulate: int = 1,
-        describe: Callable[[int], dict] = lambda step: {},
-        all_reduce_ms: Callable[[], float | None] = lambda: None,
+        network: nn.Module,
+        order: Batches,
+        store: Store | SeveralStores,
+        draw: Callable[..., object],
+        log_every: int,
     ) -> None:
-        self._folder, self._ranks, self._every, self._batch_size = folder, ranks, every, batch_size
-        self._accumulate, self._describe, self._all_reduce_ms = accumulate, describe, all_reduce_ms
+        self._folder, self._ranks, self._network, self._log_every = folder, ranks, network, log_every
+        self._order, self._store, self._draw = order, store, draw
+        self._start, self._total = order.start, order.stop
+        self._step = self._last_line = order.start
         self._names: list[str] = []  # of the terms of the loss
         self._window: torch.Tensor | None = None  # (steps since the last line, terms and whether it was skipped)
-        self._began = self._since = step
         self._skipped = 0
         self._bad: Counter[str] = Counter()  # cases that this rank could not read: how often
         self._bad_everywhere = self._bad  # on all ranks, at the last line
-        self._metrics = Metrics(folder / "metrics.jsonl", step) if ranks.is_main else None
-        self._total = total
+        self._metrics = MetricsFile(folder / "metrics.jsonl", order.start) if ranks.is_main else None
+        self.validated = distributed.from_main(self._metrics.validated if self._metrics else None)
         self._terminal = ranks.is_main and sys.stderr.isatty()
-        self._said = 0.0  # when the last line went to a log file
-        self._bar = tqdm(total=total, initial=step, unit="step", disable=not self._terminal, dynamic_ncols=True)
+        self._logged_at = 0.0  # when the last line went to a log file
+        bar = {"unit": "step", "disable": not self._terminal, "dynamic_ncols": True}
+        self._bar = tqdm(total=self._total, initial=order.start, **bar)
         self.clock = Clock(ranks.device)
 
-    def add(self, step: int, terms: dict[str, torch.Tensor]) -> None:
-        """Count a (micro-)step's share of the terms of the loss, without waiting for it."""
-        row = torch.stack([term.detach().float() for term in terms.values()])
+    def add(self, losses: dict[str, torch.Tensor], bad_cases: Sequence[str] = ()) -> None:
+        """Count a micro-step's share of the terms of the loss, without waiting for the device.
+
+        Args:
+            losses: the terms by name.
+            bad_cases: a line for each case of this rank that could not be read and was replaced; each is logged once.
+        """
+        row = torch.stack([term.detach().float() for term in losses.values()])
         if self._window is None:
-            self._names = list(terms)
-            longest = min(self._every, self._total - self._began)
-            self._window = torch.zeros(longest, len(terms) + 1, device=row.device)
-        self._window[step - self._since, :-1] += row / self._accumulate
+            self._names = list(losses)
+            longest = min(self._log_every, self._total - self._start)
+            self._window = torch.zeros(longest, len(losses) + 1, device=row.device)
+        self._window[self._step - self._last_line, :-1] += row / self._order.share.accumulate
+        self.replaced(bad_cases)
 
-    def skip(self, step: int, flag: torch.Tensor) -> None:
-        """Note whether a step was left out (`amaes.training.optim.skip_if_not_finite`), without waiting for it."""
-        self._window[step - self._since, -1] = flag
+    def replaced(self, bad_cases: Sequence[str]) -> None:
+        """Count cases that could not be read and were replaced; log each once, whichever rank it was."""
+        for line in bad_cases:
+            case = line.rsplit("; ", 1)[0]  # the end of the line tells which one took its place this time
+            if case not in self._bad:
+                tqdm.write(f"replaced by another case: {line}")
+            self._bad[case] += 1
 
-    def report(self, step: int, lr: float, network: nn.Module) -> None:
-        """End a step; every so many, write the mean loss since the last line, gradient norm, speed and memory.
+    def step(self, lr: float, skipped: torch.Tensor | None = None) -> None:
+        """End a step; every `log_every`, write the mean loss since the last line, gradient norm, speed and memory.
+
+        Args:
+            lr: learning rate of the step.
+            skipped: flag of `amaes.training.optim.optimizer_step`.
 
         Raises:
-            ValueError: the loss is not finite.
+            ValueError: the loss is not finite, or too many steps were left out.
         """
+        if skipped is not None:
+            self._window[self._step - self._last_line, -1] = skipped
+        self._step += 1
         self.clock.step()
         self._bar.update()
-        if step - self._since < self._every and step % self._every and step != self._total:
-            return
-        terms = self._read(step)
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        full = self._step - self._last_line == self._log_every
+        if full or self._step % self._log_every == 0 or self._step == self._total:
+            self._write_line(lr)
+
+    def _write_line(self, lr: float) -> None:
+        terms = self._means()
+        gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
-        self._bad_everywhere = sum(distributed.gather(self._bad), Counter())
+        self._bad_everywhere = sum(distributed.gather_from_ranks(self._bad), Counter())
         parts = self.clock.read()
-        if (exchange := self._all_reduce_ms()) is not None:
-            parts["all_reduce"] = exchange  # beside the backward pass: not a part of the sum
-        speed = 1000 * self._batch_size / parts["wall"]
+        speed = 1000 * self._order.share.batch_size / parts["wall"]
         loss = sum(terms.values())
-        self.write(
-            step=step,
+        self._append(
+            step=self._step,
             loss=loss,
             **({f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}),
             lr=lr,
@@ -181,101 +188,98 @@ class Progress:
             **({"skipped_steps": self._skipped} if self._skipped else {}),
             **({"bad_cases": self._bad_everywhere.total()} if self._bad_everywhere else {}),
         )
-        self._say(step, loss, speed, parts)
+        self._show(loss, speed, parts)
         self._window.zero_()
-        self._since = step
+        self._last_line = self._step
 
-    def _rows(self, step: int) -> list[list[float]]:
+    def _rows(self) -> list[list[float]]:
         """Every step since the last line: the means of its terms over ranks, and whether it was skipped. Waits."""
-        rows = distributed.sum_over_ranks(self._window[: step - self._since] / self._ranks.world).tolist()
+        window = self._window[: self._step - self._last_line]
+        rows = distributed.sum_over_ranks(window / self._ranks.world).tolist()
         for i, (*terms, skipped) in enumerate(rows):
             if not skipped and not math.isfinite(sum(terms)):
-                self._fail(self._since + i + 1, f"the loss is {sum(terms)}")
+                self._fail(self._last_line + i + 1, f"the loss is {sum(terms)}")
         return rows
 
-    def _read(self, step: int) -> dict[str, float]:
+    def _means(self) -> dict[str, float]:
         """The mean terms since the last line, over the steps that were not skipped; NaN where there are none."""
-        rows = self._rows(step)
-        skipped = [self._since + i + 1 for i, row in enumerate(rows) if row[-1]]
-        for number in skipped:
-            self._report_bad(number)
+        rows = self._rows()
+        skipped = [self._last_line + i + 1 for i, row in enumerate(rows) if row[-1]]
+        for step in skipped:
+            self._describe(step)
         self._skipped += len(skipped)
-        allowed = SKIP_AT_LEAST + SKIP_SHARE * (step - self._began)
+        allowed = SKIP_AT_LEAST + SKIP_SHARE * (self._step - self._start)
         if self._skipped > allowed:
-            self._fail(step, f"{self._skipped} steps were skipped since step {self._began}, at most {allowed:.0f} may")
+            self._fail(
+                self._step, f"{self._skipped} steps were skipped since step {self._start}, at most {allowed:.0f} may be"
+            )
         kept = [row for row in rows if not row[-1]]
         if not kept:
             return dict.fromkeys(self._names, math.nan)
         return {name: sum(row[i] for row in kept) / len(kept) for i, name in enumerate(self._names)}
 
-    def _report_bad(self, step: int) -> Path:
+    def _describe(self, step: int) -> Path:
+        """Leave in the run's folder what a step was made of."""
         path = self._folder / f"not-finite-step-{step}.json"
         if self._ranks.is_main:
-            write_json(path, {"step": step, **self._describe(step)})
+            write_json(path, {"step": step, **describe_step(step, self._order, self._store, self._draw)})
         return path
 
-    def _fail(self, step: int, what: str) -> None:
-        """Raise, and leave what the step was made of in the run's folder."""
-        path = self._report_bad(step)
+    def _fail(self, step: int, problem: str) -> None:
+        path = self._describe(step)
         raise ValueError(
-            f"step {step}: {what}; not saved, what was saved before is sound; the step's cases and draws are in "
-            f"{path}; --on-nan skip leaves such steps out, a lower --lr may help"
+            f"step {step}: {problem}; not saved, what was saved before is sound; the step's cases and draws are in "
+            f"{path}; `on_nan` skip leaves such steps out, a lower `lr` may help"
         )
 
-    def _say(self, step: int, loss: float, speed: float, parts: dict[str, float]) -> None:
+    def _show(self, loss: float, speed: float, parts: dict[str, float]) -> None:
+        """The progress bar, or a line of the log every ten seconds."""
         waiting = 100 * parts.get("data", 0.0) / parts["wall"]
         line = f"loss {loss:.4f}, {speed:.1f} patches/s, waiting for data {waiting:.0f} %"
         if waiting > 20:
-            line += " (DATA-BOUND: raise --workers, or move the store to a local disk)"
+            line += " (DATA-BOUND: more workers, or a local disk for the store, would help)"
         if self._skipped:
             line += f", {self._skipped} steps skipped"
-        if self._bad_everywhere:
-            bad = self._bad_everywhere
+        if bad := self._bad_everywhere:
             line += f", {len(bad)} unreadable cases replaced {bad.total()} times"
         self._bar.set_postfix_str(line)
         if not self._ranks.is_main or self._terminal:
             return
-        if time.monotonic() - self._said > 10 or step == self._total:
-            hours = (self._total - step) * parts["wall"] / 3.6e6
+        if time.monotonic() - self._logged_at > 10 or self._step == self._total:
+            hours = (self._total - self._step) * parts["wall"] / 3.6e6
             line += f", {timedelta(seconds=round(3600 * hours))} left"
             if self._ranks.device.type == "cuda":
                 line += f" = {hours * self._ranks.world:.1f} GPU-hours"
-            tqdm.write(f"step {step} of {self._total}: {line}")
-            self._said = time.monotonic()
+            tqdm.write(f"step {self._step} of {self._total}: {line}")
+            self._logged_at = time.monotonic()
 
-    def check_before_saving(self, step: int, network: nn.Module) -> None:
+    def write_validation(self, loss: float, baseline: float, trivial: str) -> None:
+        """Write and log the loss of a validation, and that of a trivial prediction (`trivial`: of what)."""
+        self.validated = self._step
+        self._append(step=self._step, val_loss=loss, val_baseline=baseline)
+        if self._ranks.is_main:
+            tqdm.write(f"step {self._step}: validation loss {loss:.5f} (predicting {trivial}: {baseline:.5f})")
+
+    def check_finite(self) -> None:
         """Refuse to save what has gone wrong since the last line. Waits for the device.
 
         Raises:
             ValueError: the loss or a weight is not finite.
         """
-        if step > self._since:
-            self._rows(step)
+        if self._step > self._last_line:
+            self._rows()
         # The largest and not the root of the sum of squares, which overflows where weights are finite.
-        largest = torch.nn.utils.get_total_norm(list(network.parameters()), norm_type=math.inf).item()
+        largest = torch.nn.utils.get_total_norm(list(self._network.parameters()), norm_type=math.inf).item()
         if not math.isfinite(largest):
-            self._fail(step, f"the largest weight is {largest}")
+            self._fail(self._step, f"the largest weight is {largest}")
 
-    def bad_cases(self, complaints: list[str], log: Callable[[str], None]) -> None:
-        """Count cases that this rank could not read and replaced; say so of each once."""
-        for text in complaints:
-            case = text.rsplit("; ", 1)[0]  # the end of the line tells which one took its place this time
-            if case not in self._bad:
-                log(f"replaced by another case: {text}")
-            self._bad[case] += 1
-
-    def write(self, **values) -> None:
-        """A line of metrics.jsonl, on rank 0."""
+    def _append(self, **values) -> None:
         if self._metrics is not None:
             self._metrics.write(**values)
-
-    def has(self, name: str) -> bool:
-        """Whether `name` was written for the step that the run continues from; on rank 0."""
-        return self._metrics is not None and name in self._metrics.names
 
     def close(self) -> None:
         """End the progress bar."""
         self._bar.close()
 
 
-SKIP_AT_LEAST, SKIP_SHARE = 10, 0.01  # steps that --on-nan skip may leave out: so many, and this share of all
+SKIP_AT_LEAST, SKIP_SHARE = 10, 0.01  # steps that `on_nan` skip may leave out: so many, and this share of all

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel
 import numpy as np
@@ -21,11 +22,13 @@ import torch
 from torch import nn
 
 import amaes
-from amaes import checkpoint, distributed
-from amaes.data.order import Batches
-from amaes.data.store import Store
+from amaes import checkpoint, distributed, hardware
 from amaes.files import write_json, write_text
-from amaes.training.options import as_plain
+
+if TYPE_CHECKING:
+    from amaes.data.order import Batches
+    from amaes.data.several_stores import SeveralStores
+    from amaes.data.store import Store
 
 # What may differ when a run is continued: none of it changes the sequence of patches, draws and masks, but for what is
 # done about a case or a loss that would have ended the run.
@@ -41,78 +44,178 @@ MAY_CHANGE = frozenset(
 RUN_FORMAT = "amaes-run-1"
 
 
-def open_run(
-    folder: Path,
-    task: str,
-    options: dict,
-    record: dict,
-    chosen: dict,
-    resume: str = "auto",
-    overwrite: bool = False,
-    log: Callable[[str], None] = lambda line: None,
-) -> dict:
-    """Create the folder of a run, or check that a run found there is the same one.
+@dataclass(frozen=True)
+class RunFolder:
+    """A run as it lies on disk. Rank 0 writes; all ranks call the same methods.
 
-    Args:
-        folder: RUN.
-        task: "pretrain" or "segment"; a run of the other task is never touched.
-        options: every option of the script, by name.
-        record: further plain data for config.json (store fingerprint, splits, ...), compared as well.
-        chosen: what was settled for this machine at the first start and holds as long as the number of ranks does.
-        resume: "auto" continues a run found there, "never" refuses it.
-        overwrite: delete what a run left there, and start over.
-        log: is told what a user should know of the run that continues.
-
-    Returns:
-        `chosen`, or that of the run being continued if it has the same "world".
-
-    Raises:
-        ValueError: a run with other options is there (shows both values), the folder holds something else, or
-            `resume` is "never" and the folder is not empty.
+    Attributes:
+        path: the folder, or that of a fold.
+        kind: "pretrain" or "segment"; a run of the other kind is never touched.
+        ranks: this process among all.
+        task, build: what rebuilds the network (`amaes.models.build_network`).
+        store: trained on.
+        patch_size: (X, Y, Z), voxels.
+        options: every option of the script, plain data.
+        keep: newest checkpoints that are kept.
     """
-    path = folder / "config.json"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder}: a file, expected a folder")
-    old = _read_config(path, task)
-    if old is not None and overwrite:
-        _clear(folder)
-        old = None
-    started = {"time": _now(), "command": [Path(sys.executable).name, *sys.argv]}
-    if old is not None:
-        if resume == "never":
-            raise ValueError(f"--out {folder}: holds a run already; take another folder, --overwrite, or --resume auto")
-        _compare(folder, old["options"], json.loads(json.dumps(options)), "--{}")
-        _compare(folder, old["record"], json.loads(json.dumps(record)), "{}")
-        if old["chosen"]["world"] != chosen["world"]:
-            log(
-                f"the run had {old['chosen']['world']} ranks, now {chosen['world']}: cases, draws and masks stay the "
-                "same, sums of gradients are rounded differently"
+
+    path: Path
+    kind: str
+    ranks: distributed.Ranks
+    task: str
+    build: dict
+    store: Store | SeveralStores
+    patch_size: Sequence[int]
+    options: dict
+    keep: int
+
+    def settle_micro_steps(
+        self,
+        accumulate: int | str,
+        network: nn.Module,
+        batch_size: int,
+        *,
+        bf16: bool,
+        views: int = 1,
+        begin_anew: bool = False,
+    ) -> int:
+        """Micro-steps per step: as asked for, else as this run began with on as many ranks, else as memory needs.
+
+        Args:
+            accumulate: a number, or "auto".
+            network: on the meta device.
+            batch_size: patches per step over all ranks.
+            bf16: autocast to bfloat16 is on.
+            views: inputs of the network per patch. Where there are several, the loss compares the patches of a
+                micro-step: it needs all of them in one.
+            begin_anew: no run is continued.
+
+        Raises:
+            ValueError: one patch alone needs more memory than there is.
+        """
+        fitting = hardware.fit_micro_batch(network, self.patch_size, batch_size, self.ranks, bf16, views)
+        if accumulate != "auto":
+            return int(accumulate)
+        if views > 1:
+            return 1
+        earlier = None if begin_anew or not self.ranks.is_main else _read_config(self.path / "config.json", self.kind)
+        recorded = {} if earlier is None else earlier["machine_choice"]
+        same = recorded.get("world") == self.ranks.world
+        return distributed.from_main(recorded["accumulate"] if same else fitting)
+
+    def open(self, record: dict, accumulate: int, *, resume: str, overwrite: bool, log: Callable[[str], None]) -> None:
+        """Create the folder, or check that the run found there is the same one. A restart by torchrun continues.
+
+        Args:
+            record: further plain data for config.json (fingerprint of the store, splits, ...), compared as well.
+            accumulate: micro-steps per step, recorded for this number of ranks.
+            resume: "auto" continues a run found there, "never" refuses it.
+            overwrite: delete what a run left there, and start over.
+            log: is told what a user should know of the run that continues.
+
+        Raises:
+            ValueError: a run with other options is there (shows both values), the folder holds something else, or
+                `resume` is "never" and the folder is not empty.
+        """
+        if not self.ranks.is_main:
+            return
+        if self.ranks.restarts:
+            resume, overwrite = "auto", False
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"`out` {self.path}: a file, expected a folder")
+        config_file = self.path / "config.json"
+        old = _read_config(config_file, self.kind)
+        if old is not None and overwrite:
+            _clear(self.path)
+            old = None
+        started = {"time": _now(), "command": [Path(sys.executable).name, *sys.argv]}
+        machine_choice = {"accumulate": accumulate, "world": self.ranks.world}
+        if old is None:
+            _refuse_other_content(self.path)
+            write_json(
+                config_file,
+                {
+                    "format": RUN_FORMAT,
+                    "task": self.kind,
+                    "options": self.options,
+                    "record": record,
+                    "machine_choice": machine_choice,
+                    "versions": versions(),
+                    "commit": commit(),
+                    "starts": [started],
+                },
             )
-            old["chosen"] = chosen
+            return
+        if resume == "never":
+            raise ValueError(
+                f"`out` {self.path}: holds a run already; take another folder, `overwrite`, or `resume` auto"
+            )
+        _refuse_changes(self.path, old["options"], json.loads(json.dumps(self.options)), "`{}`")
+        _refuse_changes(self.path, old["record"], json.loads(json.dumps(record)), "{}")
+        ranks_before = old["machine_choice"]["world"]
+        if ranks_before != self.ranks.world:
+            log(
+                f"the run had {ranks_before} ranks, now {self.ranks.world}: cases, draws and masks stay the same, sums "
+                "of gradients are rounded differently"
+            )
+            old["machine_choice"] = machine_choice
         old["starts"].append(started)
-        write_json(path, old)
-        return old["chosen"]
-    strangers = sorted(entry.name for entry in folder.iterdir() if not _may_lie_in(entry)) if folder.is_dir() else []
-    if strangers:
-        raise ValueError(f"--out {folder}: not a run, and holds {strangers[0]}; take an empty or a new folder")
-    write_json(
-        path,
-        {
-            "format": RUN_FORMAT,
-            "task": task,
-            "options": options,
-            "record": record,
-            "chosen": chosen,
-            "versions": versions(),
-            "commit": commit(),
-            "starts": [started],
-        },
-    )
-    return chosen
+        write_json(config_file, old)
+
+    def load_newest(self, network: nn.Module, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> int:
+        """Load the newest sound checkpoint, on every rank; the step it was made at, 0 where there is none."""
+        folder, is_main = self.path / "checkpoints", self.ranks.is_main
+        content, path, damaged = checkpoint.latest(folder) if is_main else (None, None, [])
+        for line in damaged:
+            log(line)
+        path = distributed.from_main(path)
+        if path is None:
+            return 0
+        if content is None:
+            content = checkpoint.read(path)
+        network.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        log(f"continuing at step {content['step']} from {path}")
+        return content["step"]
+
+    def save(self, step: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write `checkpoints/step-N.pt`: weights, optimizer, what rebuilds the network and prepares a scan.
+
+        Args:
+            step: steps done.
+            network, optimizer: the network without what DDP and compilation put around it.
+        """
+        if not self.ranks.is_main:
+            return
+        labels = self.store.labels.items() if self.task == "segment" else ()
+        content = {
+            "task": self.task,
+            "model": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "build": self.build,
+            "preprocess": self.store.config,
+            "channels": self.store.channels,
+            "labels": {str(value): name for value, name in labels},
+            "patch_size": list(self.patch_size),
+            "provenance": {
+                "options": self.options,
+                "store": self.store.fingerprint,
+                "versions": versions(),
+                "commit": commit(),
+            },
+        }
+        checkpoint.save(self.path / "checkpoints", content, self.keep)
 
 
-def _read_config(path: Path, task: str) -> dict | None:
-    """config.json of a run of this task; None where there is none."""
+def _refuse_other_content(folder: Path) -> None:
+    others = sorted(entry.name for entry in folder.iterdir() if not _may_lie_in(entry)) if folder.is_dir() else []
+    if others:
+        raise ValueError(f"`out` {folder}: not a run, and holds {others[0]}; take an empty or a new folder")
+
+
+def _read_config(path: Path, kind: str) -> dict | None:
+    """config.json of a run of this kind; None where there is none."""
     if not path.is_file():
         return None
     try:
@@ -120,9 +223,11 @@ def _read_config(path: Path, task: str) -> dict | None:
     except ValueError:
         config = None
     if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
-        raise ValueError(f"--out {path.parent}: its config.json is not of a run ({RUN_FORMAT}); take another folder")
-    if config["task"] != task:
-        raise ValueError(f"--out {path.parent}: holds a run of task {config['task']!r}, this is {task!r}; take another")
+        raise ValueError(f"`out` {path.parent}: its config.json is not of a run ({RUN_FORMAT}); take another folder")
+    if config["task"] != kind:
+        raise ValueError(f"`out` {path.parent}: holds a run of task {config['task']!r}, this is {kind!r}; take another")
+    if "chosen" in config:  # its name in earlier versions
+        config["machine_choice"] = config.pop("chosen")
     return config
 
 
@@ -145,44 +250,15 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _compare(folder: Path, old: dict, new: dict, form: str) -> None:
+def _refuse_changes(folder: Path, old: dict, new: dict, form: str) -> None:
     for name in sorted(set(old) | set(new)):
         if name not in MAY_CHANGE and old.get(name) != new.get(name):
-            shown = form.format(name.replace("_", "-"))
+            shown = form.format(name)
             values = [str(config.get(name)) for config in (new, old)]
             values = [value if len(value) <= 80 else value[:77] + "..." for value in values]
             raise ValueError(
-                f"{shown} {values[0]}: the run in {folder} has {values[1]}; take another --out, or --overwrite"
+                f"{shown} {values[0]}: the run in {folder} has {values[1]}; take another `out`, or `overwrite`"
             )
-
-
-def checkpoint_content(
-    task: str,
-    step: int,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    store: Store,
-    build: dict,
-    args: argparse.Namespace,
-) -> dict:
-    """A checkpoint: weights, optimizer, what rebuilds the network, what prepares a scan, where it comes from."""
-    return {
-        "task": task,
-        "model": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "build": build,
-        "preprocess": store.config,
-        "channels": store.channels,
-        "labels": {str(value): name for value, name in store.labels.items()} if task == "segment" else {},
-        "patch_size": list(args.patch_size),
-        "provenance": {
-            "options": as_plain(args),
-            "store": store.fingerprint,
-            "versions": versions(),
-            "commit": commit(),
-        },
-    }
 
 
 def versions() -> dict[str, str]:
@@ -213,15 +289,15 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-class Metrics:
+class MetricsFile:
     """`metrics.jsonl`: one JSON object a line. Lines past the step that a run continues from are dropped.
 
     Attributes:
-        names: of what was written for that very step.
+        validated: that step, if a validation was written for it, else None.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept, self.names = [], set()
+        kept, self.validated = [], None
         if path.is_file():
             for line in path.read_text().splitlines():
                 try:
@@ -230,7 +306,8 @@ class Metrics:
                     continue
                 if isinstance(entry, dict) and entry["step"] <= step:
                     kept.append(line + "\n")
-                    self.names.update(entry if entry["step"] == step else ())
+                    if entry["step"] == step and "val_loss" in entry:
+                        self.validated = step
         write_text(path, "".join(kept))
         self._path = path
 
@@ -245,40 +322,14 @@ def _short(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def restore(
-    folder: Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ranks: distributed.Ranks,
-    log: Callable[[str], None],
-) -> int:
-    """Load the newest sound checkpoint of `folder` into network and optimizer, on every rank; the step it was made at.
-
-    Returns:
-        0 where there is none.
-    """
-    content, path, complaints = checkpoint.latest(folder) if ranks.is_main else (None, None, [])
-    for line in complaints:
-        log(line)
-    path = distributed.from_main(path)
-    if path is None:
-        return 0
-    if content is None:
-        content = checkpoint.read(path)
-    network.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    log(f"continuing at step {content['step']} from {path}")
-    return content["step"]
-
-
-def describe_step(order: Batches, store: Store, draw: Callable[..., object], step: int) -> dict:
+def describe_step(step: int, order: Batches, store: Store | SeveralStores, draw: Callable[..., object]) -> dict:
     """What a step was made of: its samples, and the draws of their augmentation, as plain data.
 
     Args:
+        step: counted from 1, as in metrics.jsonl.
         order: of the run.
         store: the cases.
         draw: what is drawn for a batch of (epochs, positions of cases in the store, channels): an object with fields.
-        step: counted from 1, as in metrics.jsonl.
     """
     samples = order.of_step(step - 1)
     draws = draw([epoch for epoch, _ in samples], [case for _, case in samples], len(store.channels))

@@ -1,4 +1,4 @@
-"""When to stop and when to save."""
+"""When a run stops, and when it saves: ranks agree on both, so that none goes on alone."""
 
 from __future__ import annotations
 
@@ -10,82 +10,53 @@ import torch
 
 from amaes import distributed
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+REPEAT_SIGNAL_SECONDS = 3.0  # further signals within this time count as the first
+ASK_EVERY_STEPS = 10  # on CUDA: hosts run ahead of their devices, and would wait for each other at every step
 
 
-class StopRequest:
-    """Ctrl-C, SIGTERM or SIGUSR1 as a flag, so that the step under way is finished and saved."""
+class Stop:
+    """Ctrl-C, SIGTERM or SIGUSR1 as a request, so that the step under way is finished and saved.
 
-    def __init__(self) -> None:
-        self._asked = math.inf  # when, on the monotonic clock
+    Args:
+        ranks: this process among all.
+        save_minutes: the longest time without a checkpoint.
+
+    Attributes:
+        agreed: all ranks know that one of them was asked to stop.
+    """
+
+    def __init__(self, ranks: distributed.Ranks, save_minutes: float) -> None:
+        self.agreed = False
+        self._ranks, self._save_seconds = ranks, 60 * save_minutes
+        self._requested_at = math.inf  # on the monotonic clock
+        self.saved()
         for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._handle)
 
     @property
     def requested(self) -> bool:
-        return self._asked < math.inf
+        """Whether this rank was asked to stop, or has lost its launcher; other ranks may not know yet."""
+        return self._requested_at < math.inf or self._ranks.abandoned
+
+    def ask(self, step: int) -> bool:
+        """Whether to save after `step`, because a rank was asked to stop or the last checkpoint is too old.
+
+        With several ranks their hosts ask each other: on the CPU at every step, on CUDA at every tenth.
+        """
+        if self._ranks.world > 1 and self._ranks.device.type == "cuda" and step % ASK_EVERY_STEPS:
+            return self.agreed
+        wishes = torch.tensor([self.requested, time.monotonic() - self._saved_at > self._save_seconds]).float()
+        stop, save = (distributed.sum_over_ranks(wishes) > 0).tolist()
+        self.agreed = self.agreed or stop
+        return self.agreed or save
+
+    def saved(self) -> None:
+        """Note that a checkpoint was written, or that a run begins."""
+        self._saved_at = time.monotonic()
 
     def _handle(self, number: int, frame: object) -> None:
         # Asked again: stop at once. A terminal and torchrun send the same Ctrl-C within moments of each other.
-        if time.monotonic() > self._asked + SAME_REQUEST:
+        if time.monotonic() > self._requested_at + REPEAT_SIGNAL_SECONDS:
             raise KeyboardInterrupt
-        self._asked = min(self._asked, time.monotonic())
-
-
-SAME_REQUEST = 3.0  # seconds in which further signals count as the first
-
-
-class SavePoints:
-    """When to save: every so many steps or minutes, at the end, and when asked to stop. Ranks agree on it.
-
-    Args:
-        stop: raised by signals.
-        ranks: this process among all.
-        every: steps between checkpoints.
-        minutes: the longest time without one.
-        total: the last step.
-    """
-
-    def __init__(self, stop: StopRequest, ranks: distributed.Ranks, every: int, minutes: float, total: int) -> None:
-        self._stop, self._ranks, self._every, self._seconds, self._total = stop, ranks, every, 60 * minutes, total
-        self._saved = self._asked_at = time.monotonic()
-        self._asked, self._ask_from = None, 0  # the step after which hosts asked each other, and will again
-        self.stopping = False
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether this rank was asked to stop; others may not know yet."""
-        return self._stop.requested or self._ranks.abandoned
-
-    def due(self, step: int) -> bool:
-        """Whether to save after `step`; then `stopping` tells whether to end there.
-
-        Where there are several ranks, their wishes are summed on the hosts; on CUDA after every tenth step only, so
-        that no host, running ahead of its device, waits for another one, or more often where ten steps take long.
-        """
-        now = time.monotonic()
-        wishes = [self.stop_requested, now - self._saved > self._seconds]
-        if self._ranks.world > 1:
-            asking = self._ranks.device.type == "cpu" or step >= self._ask_from
-            wishes = self._ask(step, wishes, now) if asking else [False, False]
-        self.stopping, late = wishes
-        due = step % self._every == 0 or step == self._total or self.stopping or late
-        if due:
-            self._saved = time.monotonic()
-        return due
-
-    def _ask(self, step: int, wishes: list[bool], now: float) -> list[bool]:
-        """What any rank wishes; ranks also agree on the step after which they ask again."""
-        *sums, seconds = distributed.sum_over_ranks(torch.tensor([*wishes, now - self._asked_at])).tolist()
-        steps = 1 if self._asked is None else step - self._asked
-        fitting = ASK_SECONDS * steps * self._ranks.world / max(seconds, 1e-9)
-        self._ask_from = step + max(1, min(ASK_STEPS, int(fitting)))
-        self._asked, self._asked_at = step, now
-        return [total > 0 for total in sums]
-
-
-ASK_STEPS, ASK_SECONDS = 10, 5.0  # hosts ask each other after so many steps, or this long; torchrun waits 30 seconds
+        self._requested_at = min(self._requested_at, time.monotonic())

@@ -132,8 +132,9 @@ def test_low_resolution_leaves_other_axes_alone():
 
 def test_low_resolution_stays_in_the_range_of_the_voxels_that_survive():
     y = fn.low_resolution(X, lengths(6, 9, 5), *TABLES)
-    kept = [torch.from_numpy(fn.kept_voxels(side, length)) for side, length in zip(SHAPE, (6, 9, 5), strict=True)]
-    small = X[:, kept[0]][:, :, kept[1]][:, :, :, kept[2]]
+    kept = [(np.arange(n) + 0.5) * side / n for side, n in zip(SHAPE, (6, 9, 5), strict=True)]  # centres of n samples
+    x, y_, z = (torch.from_numpy(places.astype(int)) for places in kept)
+    small = X[:, x][:, :, y_][:, :, :, z]
     low, high = fn.value_range(small)
     assert torch.all((y >= low) & (y <= high))
 

@@ -1,4 +1,4 @@
-"""The contact sheets of python -m amaes.augment."""
+"""The sheets of python -m amaes.augment."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from amaes.augment import PretrainAugment
-from amaes.augment.__main__ import central_window, draw_rows, main, middle_slice, settings, transform_rows
-from amaes.augment.draws import INTENSITY, SPATIAL
+from amaes.augment.__main__ import main
+from amaes.augment.options import INTENSITY, SPATIAL
+from amaes.augment.sheets import axial, draw_rows, transform_rows, weak_and_strong
 
 PATCH = (16, 20, 24)
 
@@ -27,38 +28,32 @@ def window(augment) -> torch.Tensor:
 
 
 def test_every_transform_has_a_row_and_its_strongest_setting_shows(augment, window):
-    assert set(settings(PATCH)) == {*SPATIAL, *INTENSITY}
-    for title, panels in transform_rows(augment, window):
-        change = panels[4][1]
-        assert change.shape == (20, 16), title
-        assert change.max() > 1e-4, title
-        assert panels[2][1].max() <= change.max(), title  # the weak one changes less
+    assert set(weak_and_strong(PATCH)) == {*SPATIAL, *INTENSITY}
+    for row in transform_rows(augment, window):
+        plain, weak, weak_change, strong, change = (panel.image for panel in row.panels)
+        assert plain.shape == weak_change.shape == change.shape == (20, 16), row.title
+        assert np.abs(strong - plain).max() > 1e-4, row.title
+        assert np.abs(weak - plain).max() <= np.abs(strong - plain).max(), row.title  # the weak one changes less
+        np.testing.assert_allclose(change, np.abs(strong - plain) / np.abs(strong - plain).max(), rtol=1e-5)
 
 
 def test_ten_draws(augment, window):
     rows = draw_rows(augment, window, token_size=4, mask_ratio=0.6)
     assert len(rows) == 10
-    for _, panels in rows:
-        _, source, mask, masked = (image for _, image, _ in panels)
+    for row in rows:
+        _, source, mask, masked = (panel.image for panel in row.panels)
         assert np.array_equal(masked, np.where(mask > 0, 0, source))
-
-
-def test_window_is_cropped_and_padded_around_the_middle():
-    volume = np.arange(1, 4 * 3 * 2 + 1, dtype=np.float32).reshape(4, 3, 2)
-    window = central_window(volume, (2, 5, 2))[0, 0].numpy()
-    assert np.array_equal(window[:, 1:4], volume[1:3])
-    assert np.all(window[:, [0, 4]] == 1)
 
 
 def test_slice_shows_anterior_up():
     volume = torch.zeros(1, 1, 3, 4, 5)
     volume[0, 0, 2, 3, 2] = 1  # right, anterior
-    assert np.argwhere(middle_slice(volume)).tolist() == [[0, 2]]
+    assert np.argwhere(axial(volume)).tolist() == [[0, 2]]
 
 
 def test_missing_matplotlib_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"need matplotlib: pip install 'amaes\[plots\]'"):
+    with pytest.raises(ValueError, match=r"`out`: needs matplotlib .*: pip install 'amaes\[plots\]'"):
         main([str(tmp_path / "scan.nii"), "--out", str(tmp_path)])
 
 

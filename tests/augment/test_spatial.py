@@ -19,11 +19,11 @@ def matrix(degrees=(0, 0, 0), scale=1.0) -> torch.Tensor:
 
 def turn(x: torch.Tensor, degrees=(0, 0, 0), scale=1.0, patch=None, cubic=False, **options) -> torch.Tensor:
     offsets = spatial.sampling_offsets(matrix(degrees, scale), patch or x.shape[2:], x.dtype)
-    return spatial.resample(x, offsets, splines=splines(x) if cubic else None, **options)
+    return spatial.resample(x, offsets, filters=filters(x) if cubic else None, **options)
 
 
-def splines(x: torch.Tensor) -> list[torch.Tensor]:
-    return [torch.from_numpy(spatial.spline_inverse(side)) for side in x.shape[2:]]
+def filters(x: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.from_numpy(spatial.spline_filter(side)) for side in x.shape[2:]]
 
 
 def ramp(shape, direction) -> torch.Tensor:
@@ -224,8 +224,8 @@ def test_label_moves_with_the_image():
 def test_axes_of_one_voxel(shape, cubic):
     x = torch.from_numpy(GENERATOR.random((2, 1, *shape), dtype=np.float32))
     offsets = spatial.sampling_offsets(matrix().expand(2, 3, 3), shape)
-    splines_of_x = splines(x) if cubic else None
-    torch.testing.assert_close(spatial.resample(x, offsets, splines=splines_of_x), x, rtol=0, atol=1e-5)
+    filters_of_x = filters(x) if cubic else None
+    torch.testing.assert_close(spatial.resample(x, offsets, filters=filters_of_x), x, rtol=0, atol=1e-5)
     assert torch.isfinite(turn(x[:1], (10, 20, 30), cubic=cubic)).all()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from amaes import rng
 from amaes.data.loader import loader
-from amaes.data.order import Batches
+from amaes.data.order import Batches, Share
 from amaes.data.patches import Patches, read_window
 from amaes.data.splits import fold_splits, pretrain_split, saved_split
 from amaes.data.store import Store
@@ -103,7 +103,7 @@ def test_folds_keep_subjects_together(tmp_path):
 
 
 def test_too_few_labelled_cases_are_counted(store, tmp_path):
-    with pytest.raises(ValueError, match="--train-cases 7: .* has 7 labelled cases of 7 subjects"):
+    with pytest.raises(ValueError, match="`train_cases` 7: .* has 7 labelled cases of 7 subjects"):
         fold_splits(store, folds=2, train_cases=7)
     with pytest.raises(ValueError, match="no labelled case"):
         fold_splits(Store(make_store(tmp_path / "other")), folds=2, train_cases=1)
@@ -259,13 +259,13 @@ def test_the_share_of_places_that_a_patch_can_come_from(tmp_path):
     store = Store(make_store(tmp_path / "store", count=1))
     x, y, z = store.cases[0].shape
     patch, window = (x - 3, y - 1, z), (x - 1, y, z + 5)  # 4 x 2 x 1 places, of which the window leaves 2 x 1 x 1
-    assert Patches(store, patch, window, crop="window").reach([0]) == 2 / 8
-    assert Patches(store, patch, window, crop="patch").reach([0]) == 1
-    assert Patches(store, patch, crop="window").reach([0]) == 1
+    assert Patches(store, patch, window, crop="window").crop_coverage([0]) == 2 / 8
+    assert Patches(store, patch, window, crop="patch").crop_coverage([0]) == 1
+    assert Patches(store, patch, crop="window").crop_coverage([0]) == 1
 
 
 def test_unknown_crop_is_named(store):
-    with pytest.raises(ValueError, match="crop 'middle' is unknown; accepted: window, patch"):
+    with pytest.raises(ValueError, match="`crop` 'middle' is unknown; accepted: window, patch"):
         Patches(store, (16, 16, 16), crop="middle")
 
 
@@ -292,11 +292,11 @@ def samples(batches):
 
 def test_no_case_is_no_batch():
     with pytest.raises(ValueError, match="no case to train on"):
-        Batches([], 2, seed=0, start=0, stop=1)
+        Batches([], Share(2), seed=0, start=0, stop=1)
 
 
 def test_an_epoch_takes_each_case_once_and_drops_the_incomplete_batch():
-    batches = Batches(range(7), 2, seed=0, start=0, stop=6)
+    batches = Batches(range(7), Share(2), seed=0, start=0, stop=6)
     assert batches.pass_length == 6
     for epoch in range(2):
         taken = [sample for batch in samples(batches)[3 * epoch : 3 * epoch + 3] for sample in batch]
@@ -305,25 +305,22 @@ def test_an_epoch_takes_each_case_once_and_drops_the_incomplete_batch():
 
 
 def test_without_dropping_batches_cross_the_end_of_a_pass():
-    batches = Batches(range(3), 2, seed=0, start=0, stop=3, drop_last=False)
+    batches = Batches(range(3), Share(2), seed=0, start=0, stop=3, drop_last=False)
     taken = [sample for batch in samples(batches) for sample in batch]
     assert [e for e, _ in taken] == [0, 0, 0, 1, 1, 1]
     assert sorted(case for _, case in taken[:3]) == [0, 1, 2]
 
 
 def test_a_batch_may_be_larger_than_the_number_of_cases():
-    batch = Batches([4, 9], 5, seed=0, start=0, stop=1).of_step(0)
+    batch = Batches([4, 9], Share(5), seed=0, start=0, stop=1).of_step(0)
     assert sorted(batch)[:2] == [(0, 4), (0, 9)]
     assert len(set(batch)) == 5
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
 def test_ranks_and_micro_steps_only_share_out_the_batch(world, accumulate):
-    whole = Batches(range(10), 4, seed=5, start=3, stop=9)
-    parts = [
-        list(Batches(range(10), 4, seed=5, start=3, stop=9, rank=r, world=world, accumulate=accumulate))
-        for r in range(world)
-    ]
+    whole = Batches(range(10), Share(4), seed=5, start=3, stop=9)
+    parts = [list(Batches(range(10), Share(4, accumulate, r, world), seed=5, start=3, stop=9)) for r in range(world)]
     for i, step in enumerate(range(3, 9)):
         joined = [s for part in parts for micro in part[i * accumulate : (i + 1) * accumulate] for s in micro]
         assert sorted(joined) == sorted(whole.of_step(step))
@@ -333,8 +330,8 @@ def test_ranks_and_micro_steps_only_share_out_the_batch(world, accumulate):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_depend_on_workers_or_on_where_a_run_starts(store, workers):
     patches = Patches(store, (16, 16, 16), seed=2, labels=True)
-    reference = [patches[where] for where in Batches(range(7), 2, seed=2, start=0, stop=4).of_step(3)]
-    batches = list(loader(patches, Batches(range(7), 2, seed=2, start=3, stop=4), workers, pin_memory=False))
+    reference = [patches[where] for where in Batches(range(7), Share(2), seed=2, start=0, stop=4).of_step(3)]
+    batches = list(loader(patches, Batches(range(7), Share(2), seed=2, start=3, stop=4), workers, pin_memory=False))
     assert len(batches) == 1
     assert torch.equal(batches[0]["image"], torch.stack([item["image"] for item in reference]))
     assert torch.equal(batches[0]["label"], torch.stack([item["label"] for item in reference]))

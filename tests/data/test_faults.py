@@ -18,7 +18,7 @@ import torch
 
 from amaes.data import loader as loader_module
 from amaes.data.loader import loader
-from amaes.data.order import Batches
+from amaes.data.order import Batches, Share
 from amaes.data.patches import BAD_IN_A_ROW, Patches
 from amaes.data.store import Store
 from amaes.data.workers import Watch
@@ -124,7 +124,7 @@ def test_a_case_that_cannot_be_read_stops_and_is_named_with_its_file_and_cause(s
     fault(store)
     with pytest.raises(ValueError, match="case case03 of .*store: .*" + FAULTS[fault]) as caught:
         read(patches_of(store))
-    assert "--on-bad-case skip" in str(caught.value)
+    assert "`on_bad_case` skip" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -222,7 +222,7 @@ def test_shares_of_ranks_hold_the_same_replacements(store):
     whole, parts = [], []
     for world, found in ((1, whole), (2, parts)):
         for rank in range(world):
-            order = Batches(range(7), 4, seed=4, start=0, stop=7, rank=rank, world=world)
+            order = Batches(range(7), Share(4, rank=rank, world=world), seed=4, start=0, stop=7)
             for batch in loader(patches_of(store, replace_by=range(7)), order, 0, pin_memory=False):
                 found += [
                     (*pair, image.sum().item())
@@ -281,7 +281,7 @@ def test_a_worker_that_dies_is_told_with_what_it_read_and_what_helps(store, kind
     assert signal.getsignal(signal.SIGCHLD) is handler  # torch's would interrupt the training anywhere
     text = str(caught.value)
     assert "case05" in text.split("being read: ")[1]
-    for part in ("GB of memory", "GB of /dev/shm", "--workers 0", "--shm-size=8g", "--ipc=host"):
+    for part in ("GB of memory", "GB of /dev/shm", "fewer `workers` or 0", "--shm-size=8g", "--ipc=host"):
         assert part in text
     assert "\n" not in text
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from amaes.data import quality
-from amaes.data.quality import measure, outliers, report, source_of, tiles
+from amaes.data.quality import case_statistics, outliers, report, slices, source_of
 from amaes.data.store import Case, Store
 from amaes.preprocess.__main__ import main
 from tests.stores import make_store
@@ -57,7 +57,7 @@ def test_statistics_are_those_worked_out_by_hand(tmp_path):
     image[0, 0, 0, 0] = 0.1  # one of the corner voxels, which are 8 x (2 x 3 x 1)
     where = {"crop_box": [[0, 16], [5, 29], [2, 10]], "ras_shape": [20, 29, 12], "ras_spacing": [0.5, 1.0, 3.0]}
     store = Store(write_store(tmp_path / "s", [image], spacing=(2.0, 1.0, 3.0), properties=where))
-    (row,) = measure(store, store.cases[0])
+    (row,) = case_statistics(store, store.cases[0])
     foreground = np.r_[[0.2] * 288, [1.0] * 96, 0.1]
     assert [row[f"fov_{axis}_mm"] for axis in "xyz"] == [32, 24, 24]
     assert [row[f"spacing_{axis}_mm"] for axis in "xyz"] == [0.5, 1.0, 3.0]
@@ -75,20 +75,20 @@ def test_statistics_are_those_worked_out_by_hand(tmp_path):
 def test_an_empty_background_suggests_a_stripped_skull_and_noise_does_not(tmp_path):
     noisy = head() + np.random.default_rng(0).random(SHAPE, dtype=np.float32) / 10
     store = Store(write_store(tmp_path / "s", [head(), noisy]))
-    assert [measure(store, case)[0]["stripped_guess"] for case in store.cases] == [True, False]
+    assert [case_statistics(store, case)[0]["stripped_guess"] for case in store.cases] == [True, False]
 
 
 def test_large_volumes_are_sampled_evenly(tmp_path):
     ramp = np.broadcast_to(np.linspace(0, 1, 120, dtype=np.float32), (1, 100, 90, 120))
     store = Store(write_store(tmp_path / "s", [np.ascontiguousarray(ramp)]))
-    (row,) = measure(store, store.cases[0])
+    (row,) = case_statistics(store, store.cases[0])
     assert row["p50"] == pytest.approx(0.5, abs=0.02)
     assert row["mean"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_every_channel_has_a_row(tmp_path):
     store = Store(write_store(tmp_path / "s", [np.concatenate([head(0.4), head(0.8)])]))
-    assert [(row["channel"], row["sequence"], row["max"]) for row in measure(store, store.cases[0])] == [
+    assert [(row["channel"], row["sequence"], row["max"]) for row in case_statistics(store, store.cases[0])] == [
         ("C0", "C0", pytest.approx(0.4)),
         ("C1", "C1", pytest.approx(0.8)),
     ]
@@ -113,14 +113,14 @@ def planted(folder, **where):
 
 def test_planted_outliers_are_listed_with_reasons_and_nothing_else(tmp_path):
     store = Store(planted(tmp_path / "s"))
-    found = outliers([row for case in store.cases for row in measure(store, case)])
-    assert {entry["id"] for entry in found} == {"case02", "case05", "case07"}
-    told = {entry["id"]: entry for entry in found}
-    assert told["case07"]["reasons"] == ["values that are not finite"]
-    assert (found[0]["id"], found[0]["score"]) == ("case07", None)
+    listed = outliers([row for case in store.cases for row in case_statistics(store, case)])
+    assert {entry["id"] for entry in listed} == {"case02", "case05", "case07"}
+    by_id = {entry["id"]: entry for entry in listed}
+    assert by_id["case07"]["reasons"] == ["values that are not finite"]
+    assert (listed[0]["id"], listed[0]["score"]) == ("case07", None)
     # Extents 8 mm but for one: the spread is the least one of 4 mm, z = (40 - 8) / 4.
-    assert "extent from foot to head 40 mm, median 8 mm (z +8.0)" in told["case02"]["reasons"]
-    assert any(text.startswith("mean of the foreground 0.833") for text in told["case05"]["reasons"])
+    assert "extent from foot to head 40 mm, median 8 mm (z +8.0)" in by_id["case02"]["reasons"]
+    assert any(text.startswith("mean of the foreground 0.833") for text in by_id["case05"]["reasons"])
 
 
 def test_small_groups_and_other_sources_are_not_compared(tmp_path):
@@ -129,14 +129,14 @@ def test_small_groups_and_other_sources_are_not_compared(tmp_path):
         ids = [f"{name}/{k}/v/T1" for k in range(count)]
         images = [head(level if name != "C" or k else 1.0) for k in range(count)]
         store = Store(write_store(tmp_path / name, images, ids))
-        rows += [row for case in store.cases for row in measure(store, case)]
+        rows += [row for case in store.cases for row in case_statistics(store, case)]
     assert outliers(rows) == []
 
 
 def test_what_is_wrong_in_itself_needs_no_others(tmp_path):
     mask = (head(1.0) > 0).astype(np.float32)
     store = Store(write_store(tmp_path / "s", [np.zeros_like(mask), mask, head(1.5), head(0.5)]))
-    rows = [row for case in store.cases for row in measure(store, case)]
+    rows = [row for case in store.cases for row in case_statistics(store, case)]
     assert {entry["id"]: entry["reasons"] for entry in outliers(rows)} == {
         "case00": ["no foreground: all sampled values are equal"],
         "case01": ["a foreground of one value, as in a mask"],
@@ -189,8 +189,8 @@ def test_tiles_show_the_middle_in_true_proportions_anterior_and_superior_up(tmp_
     image[0, :, 18:] = 1.0  # anterior
     image[0, :, :, 6:] = 0.75  # superior
     store = Store(write_store(tmp_path / "s", [image], spacing=(1.0, 1.0, 4.0)))
-    (row,) = measure(store, store.cases[0])
-    shown = tiles(store, row, scale=2.0)
+    (row,) = case_statistics(store, store.cases[0])
+    shown = slices(store, row, pixel=0.5)
     axial, coronal, sagittal = shown[:, :96], shown[:, 96:192], shown[:, 192:]
     sizes = [
         (np.ptp(np.flatnonzero(t.any(1))) + 1, np.ptp(np.flatnonzero(t.any(0))) + 1) for t in np.split(shown, 3, 1)
@@ -206,7 +206,7 @@ def test_tiles_show_the_middle_in_true_proportions_anterior_and_superior_up(tmp_
     [
         (["--qc", "nowhere"], FileNotFoundError, "nowhere: no store there"),
         (["--qc", "empty"], ValueError, "the store has no cases"),
-        (["--qc", "s", "--out", "file"], ValueError, "--out file: a file, expected a folder"),
+        (["--qc", "s", "--out", "file"], ValueError, "`out` file: a file, expected a folder"),
     ],
 )
 def test_user_errors_name_what_is_wrong(tmp_path, monkeypatch, options, error, message):

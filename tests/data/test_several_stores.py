@@ -1,5 +1,4 @@
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -7,10 +6,10 @@ import torch
 
 from amaes.data.classes import Classes, check_labels, labelled
 from amaes.data.loader import loader
-from amaes.data.order import MixedBatches
+from amaes.data.order import MixedBatches, Share
 from amaes.data.patches import Patches
-from amaes.data.several_stores import Pool, open_stores, split_each
-from amaes.data.splits import pretrain_split, saved_split
+from amaes.data.several_stores import SeveralStores, open_stores, saved_pretrain_split
+from amaes.data.splits import pretrain_split
 from amaes.data.store import Store
 from tests.stores import make_store
 
@@ -90,7 +89,7 @@ def test_the_fingerprint_follows_from_the_stores_and_their_order(tmp_path):
         ),
         (
             lambda c: c["config"].update(normalization="zscore"),
-            r"second: prepared with normalization zscore, .*first with unit; .* --normalization",
+            r"second: prepared with normalization zscore, .*first with unit; .* `normalization`",
         ),
         (lambda c: c.update(channels=["T1", "T2"]), r"second: has 2 channels \(T1, T2\), .*first has 1 \(C0\)"),
     ],
@@ -114,15 +113,13 @@ def test_label_maps_and_precision_may_differ_and_no_store_may_come_twice(tmp_pat
 def test_each_store_is_split_as_if_alone(tmp_path):
     first, second = make_pair(tmp_path)
 
-    def draw(store):
-        return saved_split(store, "half", partial(pretrain_split, store, 0.5, seed=1))
-
-    split = split_each(open_stores((first, second)), draw)
-    alone = [draw(Store(path)) for path in (first, second)]
+    options = {"fraction": 0.5, "seed": 1, "split_by": "subject"}
+    split = saved_pretrain_split(open_stores((first, second)), **options)
+    alone = [saved_pretrain_split(Store(path), **options) for path in (first, second)]
     for side in ("train", "validation"):
         expected = [f"{name}/{id}" for name, part in zip(("first", "second"), alone, strict=True) for id in part[side]]
         assert split[side] == expected
-    assert split_each(Store(first), draw) == alone[0]
+    assert alone[0] == pretrain_split(Store(first), 0.5, seed=1)
     assert (first / "splits.json").is_file()
     assert (second / "splits.json").is_file()
 
@@ -193,7 +190,7 @@ def test_cases_without_label_are_left_out(tmp_path):
 
 
 def test_stores_are_drawn_by_the_root_of_their_size():
-    order = MixedBatches([range(100), range(100, 104), []], 50, seed=0, start=0, stop=40)
+    order = MixedBatches([range(100), range(100, 104), []], Share(50), seed=0, start=0, stop=40)
     samples = [sample for step in range(40) for sample in order.of_step(step)]
     small = [case for _, case in samples if case >= 100]
     assert len(small) / len(samples) == pytest.approx(2 / 12, abs=0.025)  # 2000 draws: three deviations
@@ -204,18 +201,18 @@ def test_stores_are_drawn_by_the_root_of_their_size():
 
 def test_ranks_micro_steps_and_restarts_share_one_sequence():
     groups = [[5, 6, 7], [8, 9]]
-    whole = MixedBatches(groups, 8, seed=1, start=0, stop=5)
+    whole = MixedBatches(groups, Share(8), seed=1, start=0, stop=5)
     steps = [whole.of_step(step) for step in range(5)]
     assert list(whole) == steps
-    parts = [list(MixedBatches(groups, 8, 1, 2, 5, accumulate=2, rank=rank, world=2)) for rank in (0, 1)]
+    parts = [list(MixedBatches(groups, Share(8, 2, rank, 2), seed=1, start=2, stop=5)) for rank in (0, 1)]
     joined = [a + b for a, b in zip(*parts, strict=True)]
     assert [joined[i] + joined[i + 1] for i in (0, 2, 4)] == steps[2:]
-    assert len(MixedBatches(groups, 8, 1, 2, 5, accumulate=2)) == 6
-    assert MixedBatches(groups, 8, 2, 0, 5).of_step(0) != steps[0]
+    assert len(MixedBatches(groups, Share(8, 2), seed=1, start=2, stop=5)) == 6
+    assert MixedBatches(groups, Share(8), seed=2, start=0, stop=5).of_step(0) != steps[0]
     with pytest.raises(ValueError, match="no case to train on"):
-        MixedBatches([[], []], 8, 0, 0, 1)
+        MixedBatches([[], []], Share(8), seed=0, start=0, stop=1)
 
 
 def test_a_pool_needs_no_stores_of_equal_size(tmp_path):
     stores = [Store(make_store(tmp_path / name, count=n, labels=True)) for name, n in (("a", 1), ("b", 5))]
-    assert Pool(stores).store_of.tolist() == [0, 1, 1, 1, 1, 1]
+    assert SeveralStores(stores).store_of.tolist() == [0, 1, 1, 1, 1, 1]

@@ -1,4 +1,4 @@
-"""evaluate.py on a store whose scores are known by hand, and the arithmetic of its tables."""
+"""evaluate.py on a store whose scores are known by hand."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from torch import nn
 
 import evaluate
 from amaes import checkpoint, cli
-from amaes.evaluation import tables
 from amaes.files import locked
-from amaes.metrics import measure_case
 from amaes.preprocess.config import Config
 from amaes.preprocess.find_cases import collect
 from amaes.preprocess.write_store import write_store
@@ -65,8 +63,7 @@ def store(tmp_path):
             label[box] = 4
         save_nifti(tmp_path / "images" / f"{name}.nii.gz", scan(), LPS)
         save_nifti(tmp_path / "labels" / f"{name}.nii.gz", label, LPS)
-    found = collect(tmp_path / "images", tmp_path / "labels")
-    write_store(found, tmp_path / "store", Config(label_map={4: 1}))
+    write_store(collect(tmp_path / "images", tmp_path / "labels"), tmp_path / "store", Config(label_map={4: 1}))
     return tmp_path / "store"
 
 
@@ -110,7 +107,7 @@ def make_run(tmp_path, store, monkeypatch):
 def run(capsys, *options):
     """main() as the command line runs it: status, stdout, stderr."""
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: evaluate.main([*map(str, options), "--device", "cpu"]))
+        cli.run(lambda: evaluate.main(evaluate.parse_options([*map(str, options), "--device", "cpu"])))
     out, err = capsys.readouterr()
     return stop.value.code, out, err
 
@@ -119,8 +116,8 @@ def test_scores_by_hand(make_run, capsys):
     folder = make_run("first", 0.5, [["a", "b"], ["b", "c"]])
     status, out, err = run(capsys, folder)
     assert (status, err) == (0, "")
-    found = json.loads((folder / "fold0" / "results.json").read_text())
-    a, b = (case["classes"]["1"] for case in found["cases"])
+    results = json.loads((folder / "fold0" / "results.json").read_text())
+    a, b = (case["classes"]["1"] for case in results["cases"])
     assert a == {
         "n_ref": 64,
         "n_pred": 64,
@@ -392,94 +389,27 @@ def test_a_real_network_as_a_program(store, tmp_path):
     assert path.name == "step-3.pt"
     (folder / "fold0" / "config.json").write_text(json.dumps({"train": ["d"], "test": ["a", "b"]}))
     (folder / "config.json").write_text(json.dumps({"options": {"steps": 3, "data": str(store)}}))
-    command = [sys.executable, Path(evaluate.__file__), folder, "--device", "cpu", "--metrics", "dice", "assd"]
+    command = [sys.executable, Path(evaluate.__file__), folder, "--device", "cpu", "--metrics", "dice", "lesion_f1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, env=environment)
     assert "Dice" in done.stdout
-    assert "ASSD, mm" in done.stdout
+    assert "lesion F1, %" in done.stdout
 
 
-# Arithmetic -----------------------------------------------------------------------------------------------------------
-
-
-def case(id, pairs, empty="nan"):
-    """A case from (prediction, reference) sizes per class: boxes of so many voxels from one corner."""
-    maps = np.zeros((2, 10, 12, 14 * len(pairs)), np.uint8)
-    for k, sizes in enumerate(pairs):
-        for which, size in enumerate(sizes):
-            maps[which, 0, :size, 14 * k] = k + 1
-    return {"id": id, "classes": measure_case(*maps, len(pairs) + 1, (1, 1, 1), ["dice", "hd95"], empty)}
-
-
-def fold(number, *cases):
-    return {"fold": number, "cases": list(cases), "failed": []}
-
-
-def test_means_say_how_many_values_they_rest_on():
-    cases = [
-        case("a", [(2, 2), (0, 0)]),
-        case("b", [(2, 6), (0, 0)]),
-        case("c", [(0, 0), (3, 0)]),
-        case("d", [(0, 5), (0, 0)]),
-    ]
-    means = tables.fold_means(cases)
-    assert means["1"]["dice"] == {"mean": pytest.approx((1 + 0.5 + 0) / 3), "n_valid": 3}
-    assert {key: means["1"][key] for key in ("n_cases", "n_empty", "n_missed", "n_false_positive")} == {
-        "n_cases": 4,
-        "n_empty": 1,
-        "n_missed": 1,
-        "n_false_positive": 0,
-    }
-    assert means["2"]["dice"] == {"mean": 0.0, "n_valid": 1}
-    assert tables.fold_score(means) == pytest.approx(0.25)  # macro: both classes count the same
-    assert means["all"]["dice"]["mean"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
-
-
-@pytest.mark.parametrize("missed", range(1, 5))
-def test_more_misses_never_improve_a_summary(missed):
-    """Failures must not drop out of a mean."""
-    sizes = [(5, 5), (4, 5), (3, 5), (1, 5)]
-    some = [(0, b) if i < missed - 1 else (a, b) for i, (a, b) in enumerate(sizes)]
-    more = [(0, b) if i < missed else (a, b) for i, (a, b) in enumerate(sizes)]
-    before, after = (tables.fold_means([case(str(i), [pair]) for i, pair in enumerate(s)]) for s in (some, more))
-    assert after["1"]["dice"]["mean"] <= before["1"]["dice"]["mean"]
-    assert after["1"]["hd95"]["mean"] >= before["1"]["hd95"]["mean"]
-    assert after["1"]["hd95"]["n_valid"] == 4
-
-
-def test_a_class_that_no_case_has_is_not_a_number_and_not_zero():
-    summary = tables.summarise([fold(0, case("a", [(2, 2), (0, 0)]))])
-    assert math.isnan(summary["classes"]["2"]["dice"]["mean"])
-    assert summary["dice"]["mean"] == 1
-    assert math.isnan(summary["dice"]["sd"])  # one fold
-    text = tables.run_tables("run", summary, {"1": "core"}, "note")
-    assert "| 2 | Dice, % | – | 0 | 1 | 0 | 0 |" in text
-    assert "nan" not in text.lower().replace("not a number", "")
-    assert "NaN" not in json.dumps(tables.plain(summary))
-
-
-def test_cases_of_several_folds_count_once():
-    first = [fold(0, case("a", [(2, 2)])), fold(1, case("a", [(2, 6)]), case("b", [(4, 4)]))]
-    second = [fold(0, case("a", [(6, 6)]), case("b", [(0, 4)]), case("z", [(1, 1)]))]
-    rows = tables.compare(first, second)
-    assert rows["1"]["n"] == 2
-    assert rows["1"]["first"] == pytest.approx((0.75 + 1) / 2)
-    assert rows["1"]["difference"] == pytest.approx((0.25 - 1) / 2)
-
-
-def test_undefined_pairs_are_counted():
-    rows = tables.compare(
-        [fold(0, case("a", [(0, 0)]), case("b", [(1, 1)]))], [fold(0, case("a", [(3, 0)]), case("b", [(1, 1)]))]
-    )
-    assert (rows["1"]["n"], rows["1"]["n_left_out"]) == (1, 1)
-
-
-def test_wilcoxon_by_hand():
-    assert tables.wilcoxon_p(np.array([])) != tables.wilcoxon_p(np.array([]))  # NaN
-    assert tables.wilcoxon_p(np.zeros(4)) == 1
-    assert tables.wilcoxon_p(np.array([1.0, 2, 3, 4, 5])) == pytest.approx(2 / 2**5)  # all of one sign
-
-
-def test_other_classes_cannot_be_compared():
-    with pytest.raises(ValueError, match="different classes"):
-        tables.compare([fold(0, case("a", [(1, 1)]))], [fold(0, case("a", [(1, 1), (1, 1)]))])
+@pytest.mark.parametrize(
+    "start",
+    ["runpy.run_path('evaluate.py', run_name='__main__')", "runpy.run_module('amaes.predict', run_name='__main__')"],
+)
+def test_help_needs_no_torch(start):
+    code = f"""
+import runpy, sys
+sys.argv[1:] = ["--help"]
+try:
+    {start}
+except SystemExit as stop:
+    assert not stop.code
+    assert "torch" not in sys.modules
+"""
+    folder = Path(evaluate.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert "--tta" in done.stdout

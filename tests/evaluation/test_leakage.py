@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from amaes.data.store import Store
-from amaes.evaluation.leakage import check_run, find, is_distinctive, published_notes, thumbnail, trained_on
+from amaes.evaluation.leakage import check_run, find_leakage, is_distinctive, published_notes, thumbnail, trained_on
 from tests.launch import TINY, run
 from tests.stores import SHAPES, make_store
 
@@ -23,8 +23,10 @@ def write_store(folder, subjects, images, dtype=np.float32, hashed=True, channel
         case = {"id": f"case{k:02d}", "subject": subject, "labelled": False, "shape": image.shape[1:]}
         cases.append(case)
         np.save(folder / "cases" / f"{case['id']}.npy", image.astype(dtype))
-        own = {"channel_sha256": [hashlib.sha256(np.ascontiguousarray(c)).hexdigest() for c in image]} if hashed else {}
-        (folder / "cases" / f"{case['id']}.json").write_text(json.dumps({**case, **own}))
+        hashes = (
+            {"channel_sha256": [hashlib.sha256(np.ascontiguousarray(c)).hexdigest() for c in image]} if hashed else {}
+        )
+        (folder / "cases" / f"{case['id']}.json").write_text(json.dumps({**case, **hashes}))
     index = {
         "format": "amaes-store-1",
         "config": {"normalization": "unit", "spacing": [1.0, 1.0, 1.0]},
@@ -56,7 +58,7 @@ def all_ids(store):
 def test_unrelated_stores_have_nothing_in_common(tmp_path):
     fine = write_store(tmp_path / "fine", ["A/s01", "A/s02"], [noise(0), noise(1)])
     pre = write_store(tmp_path / "pre", ["B/s01", "B/s02", "B/OAS30001"], [noise(2), noise(3), noise(4)])
-    found = find(fine, all_ids(fine), [pre], near=0.5)
+    found = find_leakage(fine, all_ids(fine), [pre], near=0.5)
     assert (found.subjects, found.same_images, found.near, found.unclear, found.seen) == ([], [], [], [], set())
     assert found.not_compared == 0
 
@@ -65,7 +67,7 @@ def test_only_the_planted_subject_is_found_and_only_where_it_is_tested(tmp_path)
     names = ["OASIS3/OAS30001", "OASIS3/OAS30002", "OASIS3/OAS30003"]
     fine = write_store(tmp_path / "fine", names, [noise(k) for k in range(3)])
     pre = write_store(tmp_path / "pre", ["oasis3/sub-oas30002", "OASIS3/OAS30003"], [noise(8), noise(9)])
-    found = find(fine, ["case00", "case01"], [pre])
+    found = find_leakage(fine, ["case00", "case01"], [pre])
     assert [(e["test"], e["pretraining"], e["test_cases"]) for e in found.subjects] == [
         ("OASIS3/OAS30002", "oasis3/sub-oas30002", ["case01"])
     ]
@@ -90,14 +92,14 @@ def test_only_the_planted_subject_is_found_and_only_where_it_is_tested(tmp_path)
 def test_names_that_are_short_need_an_equal_data_set(tmp_path, one, two, kind):
     fine = write_store(tmp_path / "fine", [one], [noise(0)])
     pre = write_store(tmp_path / "pre", [two], [noise(1)])
-    found = find(fine, ["case00"], [pre])
+    found = find_leakage(fine, ["case00"], [pre])
     assert [len(found.subjects), len(found.unclear)] == [kind == "subjects", kind == "unclear"]
     assert found.seen == ({"case00"} if kind == "subjects" else set())
 
 
 def test_in_one_and_the_same_store_a_short_name_is_the_same_subject(tmp_path):
     store = write_store(tmp_path / "fine", ["s01", "s02"], [noise(0), noise(1)])
-    found = find(store, ["case01"], [store])
+    found = find_leakage(store, ["case01"], [store])
     assert [entry["evidence"] for entry in found.subjects] == ["same store"]
     assert found.seen == {"case01"}
 
@@ -118,18 +120,18 @@ def test_an_equal_image_under_another_name_is_found_in_any_channel(tmp_path, has
     fine = write_store(tmp_path / "fine", ["A/x", "A/y"], [two, zeros], hashed=hashed, channels=2)
     images = [noise(5), noise(1), np.zeros_like(noise(2)), noise(1, SHAPES[1])]
     pre = write_store(tmp_path / "pre", ["B/1", "B/2", "B/3", "B/4"], images, hashed=hashed)
-    found = find(fine, all_ids(fine), [pre])
-    told = [(e["test"], e["channel"], e["pretraining"], e["pretraining_channel"]) for e in found.same_images]
-    assert told == [("case00", "C1", "case01", "C0")]
+    found = find_leakage(fine, all_ids(fine), [pre])
+    matches = [(e["test"], e["channel"], e["pretraining"], e["pretraining_channel"]) for e in found.same_images]
+    assert matches == [("case00", "C1", "case01", "C0")]
     assert (found.seen, found.subjects) == ({"case00"}, [])
 
 
 def test_a_float16_store_is_compared_through_the_hashes_of_its_float32_arrays(tmp_path):
     fine = write_store(tmp_path / "fine", ["A/x"], [noise(0)])
     pre = write_store(tmp_path / "pre", ["B/1"], [noise(0)], np.float16)
-    assert [entry["pretraining"] for entry in find(fine, ["case00"], [pre]).same_images] == ["case00"]
+    assert [entry["pretraining"] for entry in find_leakage(fine, ["case00"], [pre]).same_images] == ["case00"]
     old = write_store(tmp_path / "old", ["B/1"], [noise(0)], np.float16, hashed=False)
-    found = find(fine, ["case00"], [old], near=0.99)
+    found = find_leakage(fine, ["case00"], [old], near=0.99)
     assert (found.same_images, found.not_compared) == ([], 1)
     assert [entry["correlation"] for entry in found.near] == [pytest.approx(1, abs=1e-4)]
 
@@ -138,18 +140,18 @@ def test_a_scaled_copy_is_a_near_duplicate_with_its_best_match(tmp_path):
     fine = write_store(tmp_path / "fine", ["A/x", "A/y"], [blobs(0), blobs(1)])
     weak, strong = (0.8 * blobs(1) + 0.1 * noise(k) * k for k in (3, 1))
     pre = write_store(tmp_path / "pre", ["B/1", "B/2", "B/3"], [blobs(7), weak, strong])
-    found = find(fine, all_ids(fine), [pre], near=0.95)
+    found = find_leakage(fine, all_ids(fine), [pre], near=0.95)
     assert [(entry["test"], entry["pretraining"]) for entry in found.near] == [("case01", "case02")]
     assert 0.95 < found.near[0]["correlation"] < 1
-    assert find(fine, all_ids(fine), [pre], near=1.0).near == []
-    assert find(fine, all_ids(fine), [pre]).near == []
+    assert find_leakage(fine, all_ids(fine), [pre], near=1.0).near == []
+    assert find_leakage(fine, all_ids(fine), [pre]).near == []
 
 
 def test_blocks_of_thumbnails_change_nothing(tmp_path, monkeypatch):
     fine = write_store(tmp_path / "fine", ["A/x"], [blobs(3)])
     pre = write_store(tmp_path / "pre", [f"B/{k}" for k in range(5)], [blobs(k) for k in range(5)])
     monkeypatch.setattr("amaes.evaluation.leakage.BLOCK", 2)
-    assert [entry["pretraining"] for entry in find(fine, ["case00"], [pre], near=0.9).near] == ["case03"]
+    assert [entry["pretraining"] for entry in find_leakage(fine, ["case00"], [pre], near=0.9).near] == ["case03"]
 
 
 def test_thumbnail_is_the_mean_of_blocks():
@@ -182,7 +184,7 @@ def test_what_cannot_be_checked_is_said_with_the_way_to_check_it(tmp_path, conte
     assert not seen
     assert message in text
     assert "NOT checked" in text
-    assert "--pretrain-data STORE" in text
+    assert "`pretrain_data` STORE" in text
     assert not (tmp_path / "leakage.json").exists()
     assert ("all 250 public cases" in text) is (not content)
 

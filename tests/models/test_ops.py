@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from amaes.models import LightDecoder, UNet, ops
 from amaes.models.decoder import UNetDecoder
 from amaes.models.mednext import Block
+from amaes.models.ops.depthwise import _spread
+from amaes.models.ops.norm_act import _NormAct
 from amaes.models.unet import ConvUnit
 
 SIDES = (4, 5, 6)
@@ -76,7 +78,7 @@ def test_gradients_of_norm_act_are_exact_whatever_the_scale(scale):
 
     def function(x, weight, bias):
         norm.weight, norm.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
-        return ops._NormAct.apply(x, weight, bias, norm.eps)
+        return _NormAct.apply(x, weight, bias, norm.eps)
 
     inputs = [x[:, :, :2, :3, :2].clone(), norm.weight.detach().clone(), norm.bias.detach().clone()]
     assert torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in inputs])
@@ -147,7 +149,7 @@ def test_statistics_of_a_mednext_block_write_no_normalised_copy(monkeypatch):
 
 
 def test_spreading_keeps_the_device():
-    assert ops._spread(torch.empty(1, 2, 3, 4, 5, device="meta")).shape == (1, 2, 5, 7, 9)
+    assert _spread(torch.empty(1, 2, 3, 4, 5, device="meta")).shape == (1, 2, 5, 7, 9)
 
 
 # Upsampling and the convolution after it ------------------------------------------------------------------------------
@@ -186,9 +188,9 @@ def test_one_convolution_where_it_is_less_arithmetic():
     def image(channels, side):
         return torch.empty(1, 1, 1, 1, 1).expand(1, channels, side, side, side)
 
-    assert ops.one_is_less(image(128, 64), *layers(64))  # the finest stage of U-Net XL at 128^3
-    assert not ops.one_is_less(image(1024, 8), *layers(512))  # its deepest: the kernels are larger than the maps
-    assert not ops.one_is_less(image(128, 64).to("meta"), *layers(64))  # not measured there
+    assert ops.fused_is_cheaper(image(128, 64), *layers(64))  # the finest stage of U-Net XL at 128^3
+    assert not ops.fused_is_cheaper(image(1024, 8), *layers(512))  # its deepest: the kernels are larger than the maps
+    assert not ops.fused_is_cheaper(image(128, 64).to("meta"), *layers(64))  # not measured there
 
 
 def test_the_light_decoder_does_less_arithmetic_and_its_upsampled_maps_are_not_kept():
@@ -217,7 +219,7 @@ def test_a_decoder_without_skips_is_the_same_in_one_and_in_two_steps(convs, monk
 
     results = []
     for less in (True, False):
-        monkeypatch.setattr("amaes.models.decoder.one_is_less", lambda *layers, less=less: less)
+        monkeypatch.setattr("amaes.models.decoder.fused_is_cheaper", lambda *layers, less=less: less)
         for on in (False, True):
             decoder.checkpoint_activations = on
             results.append([run(x, decoder), *gradients(run, x, decoder)])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from amaes.choices import MERGINGS
 from amaes.models import LightDecoder, Network, SwinUNETR, SwinUNETRDecoder
 from amaes.models.swin_unetr import (
     MERGING,
@@ -48,6 +49,10 @@ def test_shifted_windows_with_filling_equal_the_reference():
     config, state, (x,), expected = reference.block_case("swin_block_shift_pad")  # 5 x 6 x 7 tokens, windows of 3
     block = loaded(SwinBlock(config["dim"], config["heads"], True, config["window"]), state)
     assert (block(x) - expected).abs().max() < 1e-5
+
+
+def test_every_merging_order_can_be_chosen():
+    assert tuple(MERGING) == MERGINGS
 
 
 @pytest.mark.parametrize("merging", MERGING)
@@ -111,7 +116,7 @@ def test_every_parameter_trains_with_a_decoder_without_skips():
 
 def test_a_stage_is_one_graph():
     stage = SwinStage(6, 3, 2, "fixed", window=(3, 3, 3))
-    x = torch.rand(1, 4, 5, 6, 6)
+    x = torch.rand(1, 3, 5, 6, 6)  # shifted along two axes
     output = torch.compile(stage, backend="aot_eager", fullgraph=True)(x)
     assert (output - stage(x)).abs().max() < 1e-5
     output.sum().backward()
@@ -130,5 +135,5 @@ def test_bfloat16_stays_near_float32():
 
 
 def test_unknown_merging_is_named():
-    with pytest.raises(ValueError, match="merging 'old' is unknown; accepted: legacy, fixed, v2"):
+    with pytest.raises(ValueError, match="`merging` 'old' is unknown; accepted: legacy, fixed, v2"):
         SwinUNETR(merging="old")

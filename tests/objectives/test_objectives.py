@@ -11,6 +11,7 @@ import torch
 import train_pretrain
 from amaes.augment import PretrainAugment
 from amaes.models import build_autoencoder
+from amaes.objectives import OBJECTIVES, options_of
 from amaes.objectives.masked import MaskedReconstruction
 from tests.launch import assert_equal_weights
 from tests.stores import make_store
@@ -20,12 +21,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def pretrain(monkeypatch):
+def pretrain():
     """Function: train_pretrain.py in this process, `pretrain("--option", value, ...)`."""
 
     def call(*argv):
-        monkeypatch.setattr("sys.argv", ["train_pretrain.py", "--device", "cpu", "--workers", "0", *map(str, argv)])
-        return train_pretrain.main()
+        options = train_pretrain.parse_options(["--device", "cpu", "--workers", "0", *map(str, argv)])
+        return train_pretrain.main(options)
 
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield call
@@ -65,9 +66,9 @@ def test_a_run_continues_to_the_same_weights_from_within_a_line_of_metrics(objec
     assert_equal_weights(tmp_path / "whole", tmp_path / "killed")
     config = json.loads((tmp_path / "killed" / "config.json").read_text())
     assert len(config["starts"]) == 2
-    of_some = {name for defaults in train_pretrain.DEFAULTS.values() for name in defaults}
+    of_some = {name for other in OBJECTIVES for name in options_of(other)}
     recorded = {name for name in of_some if config["options"][name] is not None}
-    assert recorded == set(train_pretrain.DEFAULTS[objective])
+    assert recorded == set(options_of(objective))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,6 @@ def test_a_run_continues_to_the_same_weights_from_within_a_line_of_metrics(objec
         (("--objective", "supervised", "--decoder", "light"), "--decoder light: --objective supervised takes unet or"),
         (("--objective", "swin", "--skips"), "--skips: is not read with --objective swin"),
         (("--objective", "swin", "--decoder", "light"), "--decoder light: is not read with --objective swin"),
-        (("--objective", "swin", "--augment", "none"), "--augment: --objective swin has views of its own"),
         (("--data", "demo", "STORE"), "--data demo STORE: demo stands alone"),
     ],
 )
@@ -95,9 +95,10 @@ def test_options_of_another_objective_are_refused(given, message, pretrain, tmp_
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("--objective", "swin", "--arch", "unet_tiny"), "arch 'unet_tiny': these heads read a Swin encoder"),
-        (("--arch", "unet_tiny", "--merging", "legacy"), "merging 'legacy': unet_tiny has no such option"),
+        (("--objective", "swin", "--arch", "unet_tiny"), "`arch` 'unet_tiny': these heads read a Swin encoder"),
+        (("--arch", "unet_tiny", "--merging", "legacy"), "`merging` 'legacy': unet_tiny has no such option"),
         (("--objective", "swin", "--arch", "swin_tiny", "--patch-size", 64, 64, 96), "must be equally long"),
+        (("--objective", "swin", "--augment", "none"), "`augment` none: this objective has views of its own"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused_before_the_demo_is_drawn(given, message, pretrain, tmp_path):
@@ -108,7 +109,7 @@ def test_a_network_that_cannot_be_built_is_refused_before_the_demo_is_drawn(give
 
 def test_panels_without_matplotlib_are_refused_with_what_is_missing(pretrain, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"--panels-every: needs matplotlib \(.*matplotlib.*\): pip install"):
+    with pytest.raises(ValueError, match=r"`panels_every`: needs matplotlib \(.*matplotlib.*\): pip install"):
         pretrain("--panels-every", 1, "--out", tmp_path / "run")
 
 
@@ -116,7 +117,7 @@ def test_panels_without_matplotlib_are_refused_with_what_is_missing(pretrain, tm
 
 
 def masked_reconstruction(preset="none", over="all", **options):
-    return MaskedReconstruction(PretrainAugment(PATCH, preset, **options), 4, 0.6, over)
+    return MaskedReconstruction(PretrainAugment(PATCH, preset, **options), token_size=4, mask_ratio=0.6, over=over)
 
 
 def some(cases, epochs=None, channels=1):
@@ -178,7 +179,7 @@ def test_the_loss_and_that_of_the_visible_mean_by_hand(over, loss, baseline):
 
 def test_one_batch_is_learnt_better_than_by_the_visible_mean():
     torch.manual_seed(0)
-    objective = MaskedReconstruction(PretrainAugment((32, 32, 48), "none"), 4, 0.6, "all")
+    objective = MaskedReconstruction(PretrainAugment((32, 32, 48), "none"), token_size=4, mask_ratio=0.6)
     ramp = torch.linspace(0, 1, 32)[:, None, None] * torch.linspace(0.2, 1, 48)
     inputs, targets = objective.prepare({"image": ramp.expand(2, 1, 32, 32, 48), "epoch": [0, 0], "case": [0, 1]}, CPU)
     network = build_autoencoder("unet_tiny")

@@ -5,9 +5,8 @@ import torch
 
 from amaes import checkpoint
 from amaes.augment import FinetuneAugment
-from amaes.data.classes import Classes
 from amaes.data.loader import loader
-from amaes.data.order import MixedBatches
+from amaes.data.order import MixedBatches, Share
 from amaes.data.patches import Patches
 from amaes.data.several_stores import open_stores
 from amaes.data.store import Store
@@ -36,7 +35,9 @@ def read(store, cases, window=PATCH, epoch=0):
 
 
 def objective_of(store, preset="none", **options):
-    return SupervisedSegmentation(FinetuneAugment(PATCH, preset, **options), Classes.of(store))
+    objective = SupervisedSegmentation(FinetuneAugment(PATCH, preset, **options))
+    objective.see(store)
+    return objective
 
 
 # Loss -----------------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def test_one_network_learns_two_stores_of_other_labels(pool, deep_supervision):
 
 def test_a_whole_step_reads_mixed_batches(pool):
     objective = objective_of(pool, "spatial")
-    order = MixedBatches(pool.groups(range(4)), 4, seed=0, start=0, stop=2, accumulate=2)
+    order = MixedBatches(pool.groups(range(4)), Share(4, accumulate=2), seed=0, start=0, stop=2)
     patches = Patches(pool, PATCH, objective.window_size, labels=True, foreground=0.33)
     batches = list(loader(patches, order, workers=0, pin_memory=False))
     assert [batch["epoch"] for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -203,7 +204,7 @@ def test_all_but_heads_of_other_classes_is_taken(tmp_path):
     same = [name for name, tensor in target.state_dict().items() if name not in heads]
     assert all(torch.equal(target.state_dict()[name], given[name]) for name in same)
     assert len(report.loaded) == len(same)
-    assert "the decoder is but for 10 tensors the file's" in report.table()
+    assert "the decoder is the file's, except 10 tensors" in report.table()
     equal = build_segmenter("unet_tiny", num_classes=5, deep_supervision=True)
     report = checkpoint.load_encoder(equal, path, transfer="all")
     assert (report.new, report.ignored) == ([], [])
@@ -226,9 +227,7 @@ def test_a_decoder_of_another_kind_is_refused_and_changes_nothing(tmp_path, task
     _, path = saved(tmp_path, task, **build)
     target = build_segmenter("unet_tiny", decoder=decoder)
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    with pytest.raises(
-        ValueError, match=r"given\.pt: --transfer all: its decoder is of another kind: .*take the --dec"
-    ):
+    with pytest.raises(ValueError, match=r"given\.pt: `transfer` all: its decoder is of another kind: .*take the `dec"):
         checkpoint.load_encoder(target, path, transfer="all")
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
     assert checkpoint.load_encoder(target, path).coverage == 1.0
@@ -265,8 +264,8 @@ def test_a_file_without_a_decoder_and_an_unknown_choice_are_named(tmp_path):
     )
     target = build_segmenter("unet_tiny")
     with pytest.raises(
-        ValueError, match=r"encoder\.pt: --transfer all: it \(checkpoint of unet_tiny\) holds no decoder"
+        ValueError, match=r"encoder\.pt: `transfer` all: it \(checkpoint of unet_tiny\) holds no decoder"
     ):
         checkpoint.load_encoder(target, tmp_path / "encoder.pt", transfer="all")
-    with pytest.raises(ValueError, match="transfer 'some' is unknown; accepted: encoder, all"):
+    with pytest.raises(ValueError, match="`transfer` 'some' is unknown; accepted: encoder, all"):
         checkpoint.load_encoder(target, tmp_path / "encoder.pt", transfer="some")

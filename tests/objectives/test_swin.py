@@ -10,6 +10,7 @@ from torch import nn
 from amaes import checkpoint
 from amaes.losses import contrastive_loss
 from amaes.models import SwinHeads, build_network, build_segmenter, build_swin_ssl
+from amaes.models.swin_heads import deconv_stages
 from amaes.objectives.swin import SwinSelfSupervision, ViewTargets, _cover
 from amaes.published import recognise, rename
 from tests import formula, reference
@@ -83,9 +84,9 @@ def test_the_tiny_network_has_the_published_count_at_its_width():
 
 
 def test_other_encoders_and_heads_are_named():
-    with pytest.raises(ValueError, match=r"arch 'unet_b': these heads read a Swin encoder; accepted: swin_unetr, swin"):
+    with pytest.raises(ValueError, match=r"`arch` 'unet_b': these heads read a Swin encoder; accepted: swin_unetr"):
         build_swin_ssl("unet_b")
-    with pytest.raises(ValueError, match="reconstruction 'vit' is unknown; accepted: vae, deconv, large_kernel_deconv"):
+    with pytest.raises(ValueError, match="`reconstruction` 'vit' is unknown; accepted: vae, deconv, large_kernel"):
         build_swin_ssl("swin_tiny", reconstruction="vit")
     with pytest.raises(ValueError, match="at least one must be 64 or more"):
         build_swin_ssl("swin_tiny")(torch.rand(1, 1, 32, 32, 32))  # a single token: there is no second one
@@ -114,14 +115,14 @@ def test_fine_tuning_takes_the_whole_encoder_and_says_that_the_decoder_is_new(tm
     assert report.ignored == [f"decoder.{name}" for name in source.decoder.state_dict()]
     assert "100.0 % of the encoder's parameters have weights from the file; the decoder is new" in report.table()
     with pytest.raises(
-        ValueError, match=r"--transfer all: its decoder is of another kind: \d+ tensors of it have no p"
+        ValueError, match=r"`transfer` all: its decoder is of another kind: \d+ tensors of it have no p"
     ):
         checkpoint.load_encoder(target, path, transfer="all")
 
 
 def test_the_merging_travels_in_the_checkpoint(tmp_path):
     _, path = saved(tmp_path, merging="legacy")
-    with pytest.raises(ValueError, match="made with --merging legacy, the network has fixed"):
+    with pytest.raises(ValueError, match="made with `merging` legacy, the network has fixed"):
         checkpoint.load_encoder(build_segmenter("swin_tiny"), path)
 
 
@@ -273,9 +274,9 @@ def test_views_follow_from_seed_epoch_and_case():
 
 
 def test_what_cannot_be_trained_on_is_named():
-    with pytest.raises(ValueError, match="--patch-size 32 48 64: views are turned in the plane of the last two axes"):
+    with pytest.raises(ValueError, match="`patch_size` 32 48 64: views are turned in the plane of the last two axes"):
         SwinSelfSupervision((32, 48, 64))
-    with pytest.raises(ValueError, match=r"corruption 1\.5 is outside"):
+    with pytest.raises(ValueError, match=r"`corruption` 1\.5 is outside"):
         SwinSelfSupervision(PATCH, corruption=1.5)
 
 
@@ -308,7 +309,7 @@ class OneConvolution(nn.Module):
 def test_the_three_losses_are_learnt_on_one_batch():
     torch.manual_seed(0)
     objective = SwinSelfSupervision(PATCH)
-    network = nn.Sequential(OneConvolution(), SwinHeads((1, 8, 8, 16, 32, 64), "deconv"))
+    network = nn.Sequential(OneConvolution(), SwinHeads((1, 8, 8, 16, 32, 64), deconv_stages))
     ramps = torch.linspace(0, 1, 64)[:, None, None] * torch.linspace(0.2, 1, 32)  # (X, 1, Z)
     image = ramps.expand(2, 1, *PATCH) * torch.tensor([0.5, 1.0]).view(2, 1, 1, 1, 1)
     inputs, targets = prepare(objective, batch(2) | {"image": image})

@@ -17,18 +17,12 @@ import evaluate
 import train_finetune
 from amaes import checkpoint, cli
 from amaes.data.store import Store
-from amaes.paper.protocols import (
-    PROTOCOLS,
-    check_store,
-    evaluation_cases,
-    folds_of,
-    named_cases,
-    saved_folds,
-    training_sets,
-)
+from amaes.paper.numbers import TESTED
+from amaes.paper.protocols import PROTOCOLS, check_store, evaluation_cases, named_cases, saved_folds, training_sets
+from amaes.preprocess.collection import Item
 from amaes.preprocess.config import Config
-from amaes.preprocess.find_cases import Item, collect
-from amaes.preprocess.sources import Found, leave_out_test
+from amaes.preprocess.find_cases import collect
+from amaes.preprocess.sources import SourceFolder, leave_out_test
 from amaes.preprocess.write_store import write_store
 from tests.conftest import save_nifti
 from tests.stores import SHAPES, position_image
@@ -59,10 +53,22 @@ def brats(folder, ids=BRATS, **changed):
     return index(folder, ids, **{"labels": (0, 1, 2, 3), "label_map": {"4": 3}} | changed)
 
 
+@pytest.fixture(scope="module")
+def folds_of(tmp_path_factory):
+    """Function: the folds of a protocol for a store whose cases have these names as ids."""
+
+    def folds(names, key):
+        protocol = PROTOCOLS[key]
+        labels = {"label_map": protocol.label_map, "labels": range(protocol.classes)}
+        return saved_folds(index(tmp_path_factory.mktemp("store"), names, protocol.channel, **labels), key)
+
+    return folds
+
+
 # Folds ----------------------------------------------------------------------------------------------------------------
 
 
-def test_brats21_tests_every_fold_on_the_313_and_never_trains_on_them():
+def test_brats21_tests_every_fold_on_the_313_and_never_trains_on_them(folds_of):
     folds = folds_of(BRATS, "brats21")
     assert [(len(fold["train"]), len(fold["test"])) for fold in folds] == [(20, 313)] * 6
     order = np.random.RandomState(4215532).permutation(1251)
@@ -74,14 +80,14 @@ def test_brats21_tests_every_fold_on_the_313_and_never_trains_on_them():
     assert not set(trained) & set(folds[0]["test"])
 
 
-def test_the_ablations_test_the_rest_of_the_pool_with_the_same_training_cases():
+def test_the_ablations_test_the_rest_of_the_pool_with_the_same_training_cases(folds_of):
     folds, fixed = folds_of(BRATS, "brats21_cv"), folds_of(BRATS, "brats21")
     assert [len(fold["test"]) for fold in folds] == [918] * 6
     assert [fold["train"] for fold in folds] == [fold["train"] for fold in fixed]
     assert not set(folds[0]["test"]) & set(fixed[0]["test"])
 
 
-def test_isles22_leaves_63_unused_and_tests_the_167_others():
+def test_isles22_leaves_63_unused_and_tests_the_167_others(folds_of):
     folds = folds_of(ISLES, "isles22")
     assert [(len(fold["train"]), len(fold["test"])) for fold in folds] == [(20, 167)] * 6
     used = {name for fold in folds for side in fold.values() for name in side}
@@ -90,12 +96,17 @@ def test_isles22_leaves_63_unused_and_tests_the_167_others():
     assert len({name for fold in folds for name in fold["train"]}) == 120
 
 
-def test_wmh_has_three_disjoint_training_sets_twice():
+def test_wmh_has_three_disjoint_training_sets_twice(folds_of):
     folds = folds_of(WMH, "wmh")
     assert [(len(fold["train"]), len(fold["test"])) for fold in folds] == [(20, 40)] * 6
     for repetition in (folds[:3], folds[3:]):
         assert sorted(name for fold in repetition for name in fold["train"]) == sorted(WMH)
     assert {tuple(fold["train"]) for fold in folds[:3]}.isdisjoint(tuple(fold["train"]) for fold in folds[3:])
+
+
+def test_the_numbers_of_tested_cases_are_those_of_the_paper(folds_of):
+    for key, names in {"brats21": BRATS, "brats21_cv": BRATS, "isles22": ISLES, "wmh": WMH}.items():
+        assert {len(fold["test"]) for fold in folds_of(names, key)} == {TESTED[key]}
 
 
 def test_training_sets_by_hand():
@@ -113,7 +124,7 @@ def test_a_pool_without_a_case_to_test_on_is_refused():
 
 
 @pytest.mark.parametrize("form", ["{}", "TrainingData/{}", "BraTS21/{}/ses-1/FLAIR", "x/{0}/{0}_flair"])
-def test_the_folds_do_not_depend_on_how_the_store_names_its_cases(tmp_path, form):
+def test_the_folds_do_not_depend_on_how_the_store_names_its_cases(tmp_path, folds_of, form):
     # a folder whose order is not that of the names
     prefix = {name: f"{i % 3}-part/" if "/" in form else "" for i, name in enumerate(BRATS)}
     store = brats(tmp_path / "store", [prefix[name] + form.format(name) for name in BRATS])
@@ -176,7 +187,7 @@ def test_the_split_on_disk_says_what_it_follows_from(tmp_path):
 
 def test_another_number_of_cases_is_refused_unless_allowed(tmp_path):
     store = index(tmp_path / "store", WMH[:30], label_map={"2": 0})
-    with pytest.raises(ValueError, match="found 30 cases for protocol wmh, expected 60; --allow-incomplete"):
+    with pytest.raises(ValueError, match="found 30 cases for protocol wmh, expected 60; `allow_incomplete`"):
         saved_folds(store, "wmh")
     folds = saved_folds(store, "wmh", allow_incomplete=True)
     assert [(len(fold["train"]), len(fold["test"])) for fold in folds] == [(20, 10)] * 6
@@ -295,12 +306,12 @@ def test_cases_that_were_trained_on_are_no_test(tmp_path):
     store = index(tmp_path / "store", OOD, label_map={"2": 0})
     with pytest.raises(ValueError, match="has 1 cases that the networks were trained on, such as utrecht_003"):
         evaluation_cases(store, "wmh_ood", "wmh", ["training/Utrecht/3/pre"])
-    with pytest.raises(ValueError, match="trained with --protocol wmh, not with --protocol isles22"):
+    with pytest.raises(ValueError, match="trained with `protocol` wmh, not with `protocol` isles22"):
         evaluation_cases(store, "wmh_ood", "isles22", [])
-    with pytest.raises(ValueError, match="not without --protocol"):
+    with pytest.raises(ValueError, match="not without `protocol`"):
         evaluation_cases(store, "wmh_ood", None, [])
     few = index(tmp_path / "few", OOD[:40], label_map={"2": 0})
-    with pytest.raises(ValueError, match="found 40 cases for --protocol wmh_ood, expected 110; --allow-incomplete"):
+    with pytest.raises(ValueError, match="found 40 cases for `protocol` wmh_ood, expected 110; `allow_incomplete`"):
         evaluation_cases(few, "wmh_ood", "wmh", [])
     assert len(evaluation_cases(few, "wmh_ood", "wmh", [], allow_incomplete=True)[0]) == 40
 
@@ -361,7 +372,7 @@ def wmh_run(tmp_path, monkeypatch):
 def run(capsys, *words):
     """evaluate.py as the command line runs it: status, stdout, stderr."""
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: evaluate.main([*map(str, words), "--device", "cpu"]))
+        cli.run(lambda: evaluate.main(evaluate.parse_options([*map(str, words), "--device", "cpu"])))
     out, err = capsys.readouterr()
     return stop.value.code, out, err
 
@@ -424,7 +435,7 @@ def test_other_cases_need_their_store(wmh_run, capsys):
 # Whole ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_protocol_trains_and_is_recorded(tmp_path):
+def test_a_protocol_trains_and_is_recorded(tmp_path, monkeypatch, capsys):
     ids = [f"Utrecht_{number}" for number in range(22)]
     store = index(tmp_path / "store", ids, label_map={"2": 0})
     (store.path / "cases").mkdir()
@@ -445,12 +456,21 @@ def test_a_protocol_trains_and_is_recorded(tmp_path):
         *("--batch-size", 1, "--steps", 1, "--workers", 0, "--augment", "none", "--device", "cpu"),
         *("--out", tmp_path / "run"),
     ]
-    command = [sys.executable, "train_finetune.py", *map(str, words)]
-    how = {"cwd": ROOT, "capture_output": True, "text": True, "check": False, "timeout": 100}
-    done = subprocess.run(command, **how)
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("--allow-incomplete takes what is there, for numbers of no paper")
-    done = subprocess.run([*command, "--allow-incomplete"], **how)
+    command = ["train_finetune.py", *map(str, words)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train_finetune.main, train_finetune.parse_options())
+    assert stop.value.code == 2
+    refusal = capsys.readouterr().err.strip()
+    assert refusal.endswith("--allow-incomplete takes what is there, for numbers of no paper")
+    done = subprocess.run(
+        [sys.executable, *command, "--allow-incomplete"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     fold = json.loads((tmp_path / "run" / "fold3" / "config.json").read_text())
     order = np.random.RandomState(1003).permutation(22)  # one chunk a repetition: fold 3 is of repetition 3
@@ -459,11 +479,11 @@ def test_a_protocol_trains_and_is_recorded(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["protocol"] == "wmh"
 
 
-def test_pretraining_leaves_out_the_cases_that_brats21_is_tested_on(tmp_path):
+def test_pretraining_leaves_out_the_cases_that_brats21_is_tested_on(tmp_path, folds_of):
     items = [
         Item(f"BraTS21/{name}/ses-1/FLAIR", (tmp_path / f"{name}.nii.gz",), subject=f"BraTS21/{name}") for name in BRATS
     ]
-    found = Found("brats21", tmp_path, items)
-    leave_out_test([found], "brats21")
-    kept = {item.subject.removeprefix("BraTS21/") for item in found.items}
+    folder = SourceFolder("brats21", tmp_path, items)
+    leave_out_test([folder], "brats21")
+    kept = {item.subject.removeprefix("BraTS21/") for item in folder.items}
     assert kept == set(BRATS) - set(folds_of(BRATS, "brats21")[0]["test"])

@@ -34,10 +34,10 @@ def write_json(path, content):
 
 def test_every_nifti_file_of_a_tree_is_a_case(tree):
     folder = tree("b/two.NII.GZ", "a/one.nii", "top.nii.gz", "notes.txt", "a/scan.v2.nii.gz")
-    found = collect(folder)
-    assert ids(found) == ["a/one", "a/scan.v2", "b/two", "top"]
-    assert found.channels == ["image"]
-    assert found.items[0].images == (folder / "a/one.nii",)
+    collection = collect(folder)
+    assert ids(collection) == ["a/one", "a/scan.v2", "b/two", "top"]
+    assert collection.channels == ["image"]
+    assert collection.items[0].images == (folder / "a/one.nii",)
 
 
 def test_hidden_and_resource_files_are_ignored(tree):
@@ -61,7 +61,7 @@ def test_links_in_a_circle_are_walked_once(tree):
     [
         (("a.nii", "a.nii.gz"), ("a.nii ", "a.nii.gz", "'a'")),
         (("s/a.NII.gz", "s/a.nii"), ("a.NII.gz", "a.nii", "'s/a'")),
-        (("a.nii", "a_label.nii"), ("a.nii", "a_label.nii", "--label-name")),
+        (("a.nii", "a_label.nii"), ("a.nii", "a_label.nii", "`label_name`")),
     ],
 )
 def test_two_inputs_of_one_id_stop_and_are_both_named(tree, names, said):
@@ -71,11 +71,11 @@ def test_two_inputs_of_one_id_stop_and_are_both_named(tree, names, said):
 
 
 def test_errors_name_folder_pattern_and_what_is_there(tree, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--images .*nope: no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"`images` .*nope: no such folder"):
         collect(tmp_path / "nope")
     folder = tree(*(f"sub/{k}.mha" for k in range(9)))
     with pytest.raises(
-        ValueError, match=r"--images: no file called \*\.nii or \*\.nii\.gz in .*data; found \d\.mha, "
+        ValueError, match=r"`images`: no file called \*\.nii or \*\.nii\.gz in .*data; found \d\.mha, "
     ) as caught:
         collect(folder)
     assert str(caught.value).count(".mha") == 5
@@ -146,26 +146,26 @@ def test_sequence_by_name(tree, name, sequence):
 def test_labels_are_matched_by_relative_name(tree):
     images = tree("p1/a.nii.gz", "p2/a.nii.gz", "p3/a.nii.gz", root="images")
     labels = tree("p1/a.nii", "p2/a.nii.gz", "p9/a.nii.gz", root="labels")
-    found = collect(images, labels)
-    assert [item.label for item in found.items] == [labels / "p1/a.nii", labels / "p2/a.nii.gz", None]
-    assert [item.problem and item.problem[0] for item in found.items] == [None, None, "missing_label"]
-    assert found.notes == ["1 labels belong to no image: p9/a"]
+    collection = collect(images, labels)
+    assert [item.label for item in collection.items] == [labels / "p1/a.nii", labels / "p2/a.nii.gz", None]
+    assert [item.problem and item.problem[0] for item in collection.items] == [None, None, "missing_label"]
+    assert collection.notes == ["1 labels belong to no image: p9/a"]
 
 
 def test_labels_within_the_images_folder_are_no_images(tree):
     folder = tree("a.nii.gz", "labels/a.nii.gz")
-    found = collect(folder, folder / "labels")
-    assert ids(found) == ["a"]
-    assert found.items[0].label == folder / "labels/a.nii.gz"
+    collection = collect(folder, folder / "labels")
+    assert ids(collection) == ["a"]
+    assert collection.items[0].label == folder / "labels/a.nii.gz"
 
 
 def test_labels_that_match_nothing_stop_with_both_names(tree):
     images, labels = tree("case_1.nii.gz", root="i"), tree("seg_1.nii.gz", root="l")
     with pytest.raises(ValueError, match=r"no label matches .* 'seg_1', images such as 'case_1'"):
         collect(images, labels)
-    with pytest.raises(FileNotFoundError, match="--labels .*nope"):
+    with pytest.raises(FileNotFoundError, match="`labels` .*nope"):
         collect(images, images / "nope")
-    with pytest.raises(ValueError, match="both .*--label-name"):
+    with pytest.raises(ValueError, match="both .*`label_name`"):
         collect(images, images)
     with pytest.raises(ValueError, match="exclude each other"):
         collect(images, labels, label_name="seg")
@@ -181,14 +181,14 @@ def test_labels_beside_the_images(tree):
         "p2/y_T1.nii",
         "p3/T1.nii",
     )
-    found = collect(folder, label_name="lesion")
-    assert ids(found) == ["p1/FLAIR", "p1/T1", "p2/x_T1", "p2/y_T1", "p3/T1"]
+    collection = collect(folder, label_name="lesion")
+    assert ids(collection) == ["p1/FLAIR", "p1/T1", "p2/x_T1", "p2/y_T1", "p3/T1"]
     lesion, x_lesion = folder / "p1/lesion.nii.gz", folder / "p2/x_Lesion.nii"
-    assert [item.label for item in found.items] == [lesion, lesion, x_lesion, None, None]
-    assert [item.problem and item.problem[0] for item in found.items] == [None] * 3 + ["missing_label"] * 2
-    assert found.foreground_name == "lesion"
+    assert [item.label for item in collection.items] == [lesion, lesion, x_lesion, None, None]
+    assert [item.problem and item.problem[0] for item in collection.items] == [None] * 3 + ["missing_label"] * 2
+    assert collection.foreground_name == "lesion"
     with pytest.raises(
-        ValueError, match=r"--label-name: no file called seg, \*_seg or \*-seg in .*; found FLAIR.nii.gz, "
+        ValueError, match=r"`label_name`: no file called seg, \*_seg or \*-seg in .*; found FLAIR.nii.gz, "
     ):
         collect(folder, label_name="seg")
 
@@ -198,22 +198,27 @@ def test_labels_beside_the_images(tree):
 
 def test_channels_of_a_folder_are_one_case(tree):
     folder = tree(*(f"p{k}/{name}.nii.gz" for k in (1, 2) for name in ("FLAIR", "T1", "T1ce", "T2", "lesion", "mask")))
-    found = collect(folder, channels=["FLAIR", "T1", "T1ce", "T2"], label_name="lesion")
-    assert ids(found) == ["p1", "p2"]
-    assert [path.name for path in found.items[0].images] == ["FLAIR.nii.gz", "T1.nii.gz", "T1ce.nii.gz", "T2.nii.gz"]
-    assert found.items[1].label == folder / "p2/lesion.nii.gz"
-    assert found.channels == ["FLAIR", "T1", "T1ce", "T2"]
-    assert found.notes == ["2 files are none of the channels FLAIR T1 T1ce T2: mask.nii.gz, mask.nii.gz"]
+    collection = collect(folder, channels=["FLAIR", "T1", "T1ce", "T2"], label_name="lesion")
+    assert ids(collection) == ["p1", "p2"]
+    assert [path.name for path in collection.items[0].images] == [
+        "FLAIR.nii.gz",
+        "T1.nii.gz",
+        "T1ce.nii.gz",
+        "T2.nii.gz",
+    ]
+    assert collection.items[1].label == folder / "p2/lesion.nii.gz"
+    assert collection.channels == ["FLAIR", "T1", "T1ce", "T2"]
+    assert collection.notes == ["2 files are none of the channels FLAIR T1 T1ce T2: mask.nii.gz, mask.nii.gz"]
 
 
 def test_channels_by_the_end_of_the_name(tree):
     names = [f"BraTS_7/BraTS_7_{s}.nii.gz" for s in ("flair", "t1", "t1ce", "seg")]
     names += [f"p/s{k}-{s}.nii" for k in (1, 2) for s in ("T1", "T1CE", "Flair")] + ["T1.nii", "T1ce.nii", "FLAIR.nii"]
     folder = tree(*names)
-    found = collect(folder, channels=["T1ce", "T1", "FLAIR"])
-    assert ids(found) == ["BraTS_7", "data", "p/s1", "p/s2"]
-    assert [path.name for path in found.items[2].images] == ["s1-T1CE.nii", "s1-T1.nii", "s1-Flair.nii"]
-    assert found.items[2].subject == "p"
+    collection = collect(folder, channels=["T1ce", "T1", "FLAIR"])
+    assert ids(collection) == ["BraTS_7", "data", "p/s1", "p/s2"]
+    assert [path.name for path in collection.items[2].images] == ["s1-T1CE.nii", "s1-T1.nii", "s1-Flair.nii"]
+    assert collection.items[2].subject == "p"
 
 
 def test_missing_channel_is_named_or_filled(tree):
@@ -232,7 +237,7 @@ def test_channel_errors(tree):
     with pytest.raises(ValueError, match=r"id_collision: .*a-T1.nii and .*a_T1.nii are both channel T1"):
         collect(folder, channels=["T1"])
     with pytest.raises(
-        ValueError, match=r"--channels: no file called PD, \*_PD, \*-PD in .*; found a-T1.nii, a_T1.nii"
+        ValueError, match=r"`channels`: no file called PD, \*_PD, \*-PD in .*; found a-T1.nii, a_T1.nii"
     ):
         collect(folder, channels=["PD"])
     with pytest.raises(ValueError, match="expected different names"):
@@ -249,27 +254,27 @@ def test_nnunet_channels(tree, whole):
     )
     labels = {"background": 0, "whole": [1, 2], "core": 2}
     write_json(folder / "dataset.json", {"channel_names": {"0": "T2", "1": "ADC"}, "labels": labels, "numTraining": 2})
-    found = collect(folder) if whole else collect(folder / "imagesTr", folder / "labelsTr")
-    assert ids(found) == ["c1", "c2"]
-    assert [path.name for path in found.items[0].images] == ["c1_0000.nii.gz", "c1_0001.nii.gz"]
-    assert found.items[0].label == folder / "labelsTr/c1.nii.gz"
-    assert found.channels == ["T2", "ADC"]
-    assert found.classes == {0: "background", 1: "label_1", 2: "core"}
+    collection = collect(folder) if whole else collect(folder / "imagesTr", folder / "labelsTr")
+    assert ids(collection) == ["c1", "c2"]
+    assert [path.name for path in collection.items[0].images] == ["c1_0000.nii.gz", "c1_0001.nii.gz"]
+    assert collection.items[0].label == folder / "labelsTr/c1.nii.gz"
+    assert collection.channels == ["T2", "ADC"]
+    assert collection.classes == {0: "background", 1: "label_1", 2: "core"}
 
 
 def test_nnunet_names_without_dataset_json(tree):
     folder = tree("imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz", "labelsTr/a.nii.gz", "labelsTr/b.nii.gz")
-    found = collect(folder / "imagesTr", folder / "labelsTr")
-    assert ids(found) == ["a", "b"]
-    assert found.channels == ["image"]
+    collection = collect(folder / "imagesTr", folder / "labelsTr")
+    assert ids(collection) == ["a", "b"]
+    assert collection.channels == ["image"]
     folder = tree("x/a_0000.nii.gz", "x/a_0001.nii.gz", "y/a.nii.gz", root="other")
     assert collect(folder / "x", folder / "y").channels == ["channel_0", "channel_1"]
 
 
 def test_missing_nnunet_channel_is_named(tree):
     folder = tree("imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "imagesTr/b_0000.nii.gz")
-    found = collect(folder / "imagesTr")
-    assert [item.problem and item.problem[0] for item in found.items] == [None, "missing_channel"]
+    collection = collect(folder / "imagesTr")
+    assert [item.problem and item.problem[0] for item in collection.items] == [None, "missing_channel"]
 
 
 @pytest.mark.parametrize(
@@ -304,11 +309,14 @@ def test_decathlon_file_with_several_modalities(tree):
     training = [{"image": f"./imagesTr/BRATS_00{k}.nii.gz", "label": f"./labelsTr/BRATS_00{k}.nii.gz"} for k in (1, 2)]
     content = {"modality": modality, "labels": {"0": "background", "1": "edema"}, "training": training}
     write_json(folder / "dataset.json", content)
-    found = collect(folder)
-    assert ids(found) == ["BRATS_001", "BRATS_002"]  # the second is listed, but not there: reported as missing_file
-    assert found.channels == ["FLAIR", "T1w", "t1gd", "T2w"]
-    assert found.items[0].images == (folder / "imagesTr/BRATS_001.nii.gz",)
-    assert found.classes == {0: "background", 1: "edema"}
+    collection = collect(folder)
+    assert ids(collection) == [
+        "BRATS_001",
+        "BRATS_002",
+    ]  # the second is listed, but not there: reported as missing_file
+    assert collection.channels == ["FLAIR", "T1w", "t1gd", "T2w"]
+    assert collection.items[0].images == (folder / "imagesTr/BRATS_001.nii.gz",)
+    assert collection.classes == {0: "background", 1: "edema"}
     assert ids(collect(folder / "imagesTs")) == ["BRATS_9"]
 
 
@@ -317,11 +325,11 @@ def test_files_outside_the_training_list_are_counted(tree):
     (folder / "imagesTr/c3.nii.gz").symlink_to(tree("x.nii.gz", root="elsewhere") / "x.nii.gz")
     training = [{"image": f"./imagesTr/c{k}.nii.gz"} for k in (0, 3)] + [{"scan": "y"}, {"image": ["z"]}, "text"]
     write_json(folder / "dataset.json", {"modality": ["T1"], "labels": ["background", "tumour"], "training": training})
-    found = collect(folder)
-    assert ids(found) == ["c0", "c3"]  # the link as well
-    assert found.notes[0] == "2 files are not in the training list of dataset.json: c1.nii.gz, c2.nii.gz"
-    assert found.channels == ["T1"]
-    assert found.classes == {0: "background", 1: "tumour"}
+    collection = collect(folder)
+    assert ids(collection) == ["c0", "c3"]  # the link as well
+    assert collection.notes[0] == "2 files are not in the training list of dataset.json: c1.nii.gz, c2.nii.gz"
+    assert collection.channels == ["T1"]
+    assert collection.classes == {0: "background", 1: "tumour"}
 
 
 def test_labels_in_the_folder_of_the_images_by_name(tree):

@@ -11,7 +11,7 @@ import pytest
 from amaes.data.store import Store
 from amaes.paper.protocols import PROTOCOLS, check_store, named_cases
 from amaes.preprocess.__main__ import main
-from amaes.preprocess.sources import find, take_labels, take_sequences
+from amaes.preprocess.sources import find_source, take_labels, take_sequences
 from tests.conftest import make_volume, save_nifti
 from tests.preprocess.test_sources import refused
 
@@ -73,19 +73,19 @@ def test_the_documented_commands_write_the_stores_of_the_protocols(releases, mon
     for folder, (protocol, names, values) in expected.items():
         store = Store(f"stores/{folder}")
         check_store(store, protocol)
-        found = named_cases(store, protocol)
-        assert list(found) == names
+        ids = named_cases(store, protocol)
+        assert list(ids) == names
         assert len(store.cases) == len(names)
-        assert np.unique(store.label(found[names[0]])).tolist() == values
-        assert Path(store.properties(found[names[0]])["label_file"]).is_relative_to(releases)
+        assert np.unique(store.label(ids[names[0]])).tolist() == values
+        assert Path(store.properties(ids[names[0]])["label_file"]).is_relative_to(releases)
 
 
 def test_labels_that_were_taken_are_not_left_out(releases):
-    found = find("brats21", releases / "BRATS21")
-    assert len(found.excluded["label"]) == 2
-    assert take_labels([found]) == {4: 3}
-    assert found.excluded["label"] == []
-    assert {item.label.name for item in found.items} == {"BraTS2021_00000_seg.nii.gz", "BraTS2021_00002_seg.nii.gz"}
+    folder = find_source("brats21", releases / "BRATS21")
+    assert len(folder.excluded["label"]) == 2
+    assert take_labels([folder]) == {4: 3}
+    assert folder.excluded["label"] == []
+    assert {item.label.name for item in folder.items} == {"BraTS2021_00000_seg.nii.gz", "BraTS2021_00002_seg.nii.gz"}
 
 
 def test_older_layouts_of_wmh(tmp_path):
@@ -100,15 +100,15 @@ def test_older_layouts_of_wmh(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = find("wmh", tmp_path)
-    take_labels([found])
-    labels = {item.subject: item.label.relative_to(tmp_path).as_posix() for item in found.items}
+    folder = find_source("wmh", tmp_path)
+    take_labels([folder])
+    labels = {item.subject: item.label.relative_to(tmp_path).as_posix() for item in folder.items}
     assert labels == {
         "WMH/Amsterdam_GE3T_12": "old/Amsterdam/Train_GE3T/12/pre/wmh.nii.gz",
         "WMH/Utrecht_13": "training/Utrecht/13/pre/wmh.nii.gz",
         "WMH/Singapore_14": "loose/Singapore/14/wmh.nii.gz",
     }
-    assert found.excluded["label"] == ["additional_annotations/observer_o3/training/Utrecht/13/result.nii.gz"]
+    assert folder.excluded["label"] == ["additional_annotations/observer_o3/training/Utrecht/13/result.nii.gz"]
 
 
 def test_a_case_without_label_is_rejected_and_named(releases, tmp_path, capsys):
@@ -126,16 +126,16 @@ def test_a_case_without_label_is_rejected_and_named(releases, tmp_path, capsys):
 def test_two_labels_of_one_case_are_refused(releases):
     (releases / "WMH/training/Utrecht/0/pre/wmh.nii.gz").touch()
     with pytest.raises(ValueError, match="are both the label of WMH/Utrecht_0"):
-        take_labels([find("wmh", releases / "WMH")])
+        take_labels([find_source("wmh", releases / "WMH")])
 
 
 def test_a_case_may_lack_other_sequences(releases):
     (releases / "BRATS21/BraTS2021_00000/BraTS2021_00000_t1ce.nii.gz").unlink()
     (releases / "BRATS21/BraTS2021_00002/BraTS2021_00002_flair.nii.gz").unlink()
-    found = find("brats21", releases / "BRATS21")
-    take_sequences([found], ["FLAIR"])
-    assert [item.subject for item in found.items] == ["BraTS21/BraTS2021_00000"]
-    assert len(found.excluded["sequence"]) == 5
+    folder = find_source("brats21", releases / "BRATS21")
+    take_sequences([folder], ["FLAIR"])
+    assert [item.subject for item in folder.items] == ["BraTS21/BraTS2021_00000"]
+    assert len(folder.excluded["sequence"]) == 5
 
 
 def test_the_dry_run_of_a_task_does_not_ask_to_hold_out_its_test_cases(releases, tmp_path, capsys):

@@ -26,8 +26,8 @@ OBLIQUE = nib.affines.from_matvec(
 
 def stored_as(ras, affine, ornt):
     """A RAS volume as a file would hold it whose axes are turned by `ornt`, and that file's affine."""
-    return nifti.restore(ras, ornt), affine @ np.linalg.inv(
-        nib.orientations.inv_ornt_aff(ornt, nifti.restore(ras, ornt).shape)
+    return nifti.to_stored_axes(ras, ornt), affine @ np.linalg.inv(
+        nib.orientations.inv_ornt_aff(ornt, nifti.to_stored_axes(ras, ornt).shape)
     )
 
 
@@ -35,20 +35,20 @@ def stored_as(ras, affine, ornt):
 def test_every_orientation_gives_one_array_and_turns_back(ornt, nifti_file):
     ras = np.arange(3 * 4 * 5, dtype=np.float32).reshape(3, 4, 5)
     stored, affine = stored_as(ras, np.diag([1.0, 2.0, 3.0, 1.0]), ornt)
-    header, data = nifti.read(nifti_file("a.nii", stored, affine))
+    header, data = nifti.read_nifti(nifti_file("a.nii", stored, affine))
     assert np.array_equal(data, ras)
     assert header.ras_shape == (3, 4, 5)
     assert header.ras_spacing == pytest.approx((1, 2, 3))
     np.testing.assert_allclose(header.ras_grid, np.diag([1.0, 2.0, 3.0, 1.0]), atol=1e-5)
-    assert np.array_equal(nifti.restore(data, header.ornt), stored)
+    assert np.array_equal(nifti.to_stored_axes(data, header.ornt), stored)
 
 
 def test_oblique_scan_is_turned_but_not_rotated(nifti_file, volume):
     stored = volume()
-    header, data = nifti.read(nifti_file("a.nii.gz", stored, OBLIQUE, qform=0))
+    header, data = nifti.read_nifti(nifti_file("a.nii.gz", stored, OBLIQUE, qform=0))
     assert sorted(data.shape) == sorted(stored.shape)
     assert np.array_equal(np.sort(data, axis=None), np.sort(stored, axis=None))
-    assert np.array_equal(nifti.restore(data, header.ornt), stored)
+    assert np.array_equal(nifti.to_stored_axes(data, header.ornt), stored)
     reference = nib.as_closest_canonical(nib.Nifti1Image(stored, OBLIQUE))
     assert np.array_equal(data, reference.get_fdata())
     np.testing.assert_allclose(header.ras_grid, reference.affine, atol=1e-5)
@@ -163,14 +163,14 @@ def test_writing_refuses_what_does_not_fit(name, labels, message, nifti_file, tm
 def test_slope_and_intercept_are_applied(suffix, nifti_file):
     stored = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     patch = {112: struct.pack("<2f", 0.5, -3)}
-    _, data = nifti.read(nifti_file(f"a{suffix}", stored, np.eye(4), patch=patch))
+    _, data = nifti.read_nifti(nifti_file(f"a{suffix}", stored, np.eye(4), patch=patch))
     assert np.array_equal(data, stored * 0.5 - 3)
 
 
 @pytest.mark.parametrize("slope", [0.0, np.nan])
 def test_no_slope_keeps_the_stored_type(slope, nifti_file):
     stored = np.arange(60, dtype=np.uint16).reshape(3, 4, 5)
-    _, data = nifti.read(nifti_file("a.nii", stored, np.eye(4), patch={112: struct.pack("<2f", slope, 7)}))
+    _, data = nifti.read_nifti(nifti_file("a.nii", stored, np.eye(4), patch={112: struct.pack("<2f", slope, 7)}))
     assert data.dtype == np.uint16
     assert np.array_equal(data, stored)
 
@@ -179,7 +179,7 @@ def test_no_slope_keeps_the_stored_type(slope, nifti_file):
 def test_every_real_type_is_read(dtype, tmp_path):
     stored = np.arange(60).reshape(3, 4, 5).astype(dtype)
     nib.save(nib.Nifti1Image(stored, np.eye(4), dtype=dtype), tmp_path / "a.nii.gz")
-    assert np.array_equal(nifti.read(tmp_path / "a.nii.gz")[1], stored)
+    assert np.array_equal(nifti.read_nifti(tmp_path / "a.nii.gz")[1], stored)
 
 
 def test_corner_distance_in_mm():
@@ -212,10 +212,10 @@ def test_corner_distance_in_mm():
 def test_damaged_headers_are_named(patch, code, nifti_file):
     path = nifti_file("damaged.nii.gz", patch=patch)
     if code == "accepted":  # the sform is sound
-        assert nifti.read(path)[0].warnings[0].startswith("bad_spacing_repaired")
+        assert nifti.read_nifti(path)[0].warnings[0].startswith("bad_spacing_repaired")
         return
     with pytest.raises(nifti.RejectedInput, match="^damaged.nii.gz: ") as caught:
-        nifti.read(path)
+        nifti.read_nifti(path)
     assert caught.value.code == code
     assert caught.value.path == path
 
@@ -224,7 +224,7 @@ def test_gzip_under_a_plain_name_says_so(nifti_file):
     path = nifti_file("a.nii.gz")
     path = path.rename(path.with_name("a.nii"))
     with pytest.raises(nifti.RejectedInput, match="rename it to .nii.gz"):
-        nifti.read(path)
+        nifti.read_nifti(path)
 
 
 @pytest.mark.parametrize("keep", [100, 348, 360])
@@ -237,7 +237,7 @@ def test_short_files_are_truncated(keep, compressed, nifti_file):
         path = path.with_name("b.nii.gz")
         path.write_bytes(gzip.compress(content))
     with pytest.raises(nifti.RejectedInput) as caught:
-        nifti.read(path)
+        nifti.read_nifti(path)
     assert caught.value.code == "truncated"
 
 
@@ -247,5 +247,5 @@ def test_damage_within_the_stream_is_found(nifti_file):
     content[2000:2100] = bytes(100)
     path.write_bytes(content)
     with pytest.raises(nifti.RejectedInput) as caught:
-        nifti.read(path, verify=True)
+        nifti.read_nifti(path, verify=True)
     assert caught.value.code in ("truncated", "corrupt_gzip")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from amaes.cli import run
-from amaes.preprocess import sources
 from amaes.preprocess.__main__ import main
-from amaes.preprocess.source_tables import SOURCES
-from amaes.preprocess.sources import describe, find, gather, hold_out, leave_out_test
+from amaes.preprocess.source_report import describe
+from amaes.preprocess.source_tables import SOURCES, source_name
+from amaes.preprocess.sources import collect_sources, find_source, hold_out, leave_out_test
 from tests.conftest import make_volume, save_nifti
 
 
@@ -32,8 +32,8 @@ def tree(tmp_path):
     return make
 
 
-def ids(found):
-    return sorted(item.id for item in found.items)
+def ids(folder):
+    return sorted(item.id for item in folder.items)
 
 
 def refused(capsys, *arguments):
@@ -286,23 +286,23 @@ def test_every_layout_of_a_source(name, volumes, left_out, unmatched, tree):
     lines = [line.strip().replace("LONI", LONI) for line in volumes.strip().splitlines()]
     left_out = {reason: [path.replace("LONI", LONI) for path in paths] for reason, paths in left_out.items()}
     root = tree(*lines[::2], *(path for paths in left_out.values() for path in paths), *unmatched, "readme.txt")
-    found = find(name, root)
+    folder = find_source(name, root)
     expected = {}
     for path, end in zip(lines[::2], lines[1::2], strict=True):
         base, _, several = end.partition("{")
         for part in several.rstrip("}").split(","):
-            expected[f"{found.source.dataset or 'data'}/{base}{part}"] = path
-    assert {item.id: item.images[0].relative_to(root).as_posix() for item in found.items} == expected
-    for item in found.items:
+            expected[f"{folder.source.dataset or 'data'}/{base}{part}"] = path
+    assert {item.id: item.images[0].relative_to(root).as_posix() for item in folder.items} == expected
+    for item in folder.items:
         dataset, subject, visit, sequence = item.id.split("/")
         assert (item.subject, item.session) == (f"{dataset}/{subject}", visit)
         assert item.sequence == sequence.split("-")[0]
-    assert {reason: sorted(paths) for reason, paths in found.excluded.items()} == left_out
-    assert found.unmatched == unmatched
+    assert {reason: sorted(paths) for reason, paths in folder.excluded.items()} == left_out
+    assert folder.unmatched == unmatched
 
 
 def test_every_source_is_tested():
-    assert {sources.source_name(case[0]) for case in CASES} == set(SOURCES)
+    assert {source_name(case[0]) for case in CASES} == set(SOURCES)
 
 
 def test_sums_of_table_1():
@@ -318,20 +318,20 @@ def test_a_part_left_out_by_default_is_taken_where_its_folder_is_given(tree):
         "imagesTr/BRATS_001.nii.gz",
         "Testing/Center_03/Patient_01/Preprocessed_Data/T1_preprocessed.nii.gz",
     )
-    assert ids(find("wmh", root / "test")) == ["WMH/Amsterdam_Philips_VU-PETMR_01_160/ses-1/FLAIR"]
-    assert len(find("msd_task01", root / "imagesTr").items) == 4
-    assert len(find("msseg1", root / "Testing").items) == 1
-    assert sum(len(find(name, root).items) for name in ("wmh", "msd_task01", "msseg1")) == 0
+    assert ids(find_source("wmh", root / "test")) == ["WMH/Amsterdam_Philips_VU-PETMR_01_160/ses-1/FLAIR"]
+    assert len(find_source("msd_task01", root / "imagesTr").items) == 4
+    assert len(find_source("msseg1", root / "Testing").items) == 1
+    assert sum(len(find_source(name, root).items) for name in ("wmh", "msd_task01", "msseg1")) == 0
 
 
 def test_a_folder_within_the_tree_may_be_given(tree):
     root = tree("OAS30001_MR_d0129/anat1/sub-OAS30001_ses-d0129_T1w.nii.gz")
-    assert ids(find("OASIS3", root / "OAS30001_MR_d0129")) == ids(find("oasis3", root))
+    assert ids(find_source("OASIS3", root / "OAS30001_MR_d0129")) == ids(find_source("oasis3", root))
 
 
 def test_volumes_of_a_4d_file(tree):
-    found = find("msd_task01", tree("imagesTs/BRATS_485.nii.gz"))
-    assert [(item.sequence, item.volume) for item in found.items] == [
+    folder = find_source("msd_task01", tree("imagesTs/BRATS_485.nii.gz"))
+    assert [(item.sequence, item.volume) for item in folder.items] == [
         ("FLAIR", (0, 4)),
         ("T1", (1, 4)),
         ("T1ce", (2, 4)),
@@ -341,10 +341,10 @@ def test_volumes_of_a_4d_file(tree):
 
 def test_corpus_filter_is_that_of_the_four_large_sources(tree):
     assert [name for name, source in SOURCES.items() if source.corpus_filter] == ["adni", "oasis3", "oasis4", "ppmi"]
-    wmh = find("wmh", tree("training/Utrecht/11/pre/T1.nii.gz", root="w"))
-    oasis = find("oasis4", tree("OAS42510_MR_d3133/anat1/sub-OAS42510_sess-d3133_T1w.nii.gz", root="o"))
+    wmh = find_source("wmh", tree("training/Utrecht/11/pre/T1.nii.gz", root="w"))
+    oasis = find_source("oasis4", tree("OAS42510_MR_d3133/anat1/sub-OAS42510_sess-d3133_T1w.nii.gz", root="o"))
     for choice, expected in (("auto", [True, False]), ("on", [True, True]), ("off", [False, False])):
-        assert [item.corpus_filter for item in gather([wmh, oasis], choice).items] == expected
+        assert [item.corpus_filter for item in collect_sources([wmh, oasis], choice).items] == expected
 
 
 def test_two_files_of_one_id_stop_and_are_both_named(tree, tmp_path, capsys):
@@ -359,7 +359,7 @@ def test_two_files_of_one_id_stop_and_are_both_named(tree, tmp_path, capsys):
 def test_dicom_is_named(tree, tmp_path, capsys):
     root = tree("002_S_0295/a/1.dcm", "002_S_0295/b/IM0001", "002_S_0295/c/IM0002")
     (root / "002_S_0295/b/IM0001").write_bytes(bytes(128) + b"DICM")
-    assert find("adni", root).dicom == ["002_S_0295/a/1.dcm", "002_S_0295/b/IM0001"]
+    assert find_source("adni", root).dicom == ["002_S_0295/a/1.dcm", "002_S_0295/b/IM0001"]
     line = refused(capsys, "--source", f"adni={root}", "--out", tmp_path / "s")
     assert "no volume was found" in line
     assert "dcm2niix" in line
@@ -368,7 +368,7 @@ def test_dicom_is_named(tree, tmp_path, capsys):
 def test_links_in_a_circle_are_walked_once(tree):
     root = tree("sub-01/anat/sub-01_T1w.nii")
     (root / "sub-01" / "again").symlink_to(root)
-    assert len(find("bids", root).items) == 1
+    assert len(find_source("bids", root).items) == 1
 
 
 # Held-out cases -------------------------------------------------------------------------------------------------------
@@ -389,25 +389,25 @@ def test_hold_out_refuses_a_name_twice():
 def test_published_hold_out_of_brats(tree):
     names = [f"BraTS2021_{k:05d}" for k in range(1251)]
     root = tree(*(f"{name}/{name}_{part}.nii.gz" for name in names for part in ("flair", "t1")))
-    found = find("brats21", root)
-    assert "1251 subjects and 2502 volumes become 938 and 1876" in describe([found])
-    leave_out_test([found], "brats21")
-    assert found.counts == (938, 938, 1876)
+    folder = find_source("brats21", root)
+    assert "1251 subjects and 2502 volumes become 938 and 1876" in describe([folder])
+    leave_out_test([folder], "brats21")
+    assert folder.counts == (938, 938, 1876)
     test = set(hold_out(names, 4215532)[1])
     assert len(test) == 313
-    assert not test & {item.subject.removeprefix("BraTS21/") for item in found.items}
-    assert len(found.excluded["hold_out"]) == 626
-    assert "THE TEST CASES" not in describe([found])
+    assert not test & {item.subject.removeprefix("BraTS21/") for item in folder.items}
+    assert len(folder.excluded["hold_out"]) == 626
+    assert "THE TEST CASES" not in describe([folder])
 
 
 def test_hold_out_is_only_of_all_cases(tree):
-    found = find("brats21", tree("BraTS2021_00000_t1.nii.gz"))
+    folder = find_source("brats21", tree("BraTS2021_00000_t1.nii.gz"))
     with pytest.raises(ValueError, match="permutation of all 1251 cases, found 1"):
-        leave_out_test([found], "brats21")
+        leave_out_test([folder], "brats21")
     with pytest.raises(ValueError, match="no test cases were published; choose from brats21, isles22"):
-        leave_out_test([found], "wmh")
-    with pytest.raises(ValueError, match="no --source isles22=DIR is given"):
-        leave_out_test([found], "isles22")
+        leave_out_test([folder], "wmh")
+    with pytest.raises(ValueError, match="no `source` isles22=DIR is given"):
+        leave_out_test([folder], "isles22")
 
 
 # The command line -----------------------------------------------------------------------------------------------------

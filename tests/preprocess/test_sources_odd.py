@@ -6,7 +6,8 @@ import pytest
 
 from amaes.preprocess.__main__ import main
 from amaes.preprocess.find_cases import collect
-from amaes.preprocess.sources import find, gather, hold_out, leave_out_test, notes
+from amaes.preprocess.source_report import notes
+from amaes.preprocess.sources import collect_sources, find_source, hold_out, leave_out_test
 from tests.preprocess.test_sources import ids, refused, tree  # noqa: F401
 
 
@@ -32,9 +33,9 @@ def locked_folder(monkeypatch):
 def test_a_folder_without_access_is_told_of_and_the_rest_is_taken(tree, locked_folder):  # noqa: F811
     root = tree("sub-01/anat/sub-01_T1w.nii")
     locked_folder(root / "lost+found")
-    found = find("bids", root)
-    assert len(found.items) == 1
-    assert notes(found) == ["bids: 1 volumes or files left out, unreadable (lost+found/)"]
+    folder = find_source("bids", root)
+    assert len(folder.items) == 1
+    assert notes(folder) == ["bids: 1 volumes or files left out, unreadable (lost+found/)"]
     collection = collect(root)
     assert len(collection.items) == 1
     assert collection.notes == [f"1 folders cannot be read: {root / 'lost+found'}"]
@@ -43,7 +44,7 @@ def test_a_folder_without_access_is_told_of_and_the_rest_is_taken(tree, locked_f
 def test_a_root_without_access_is_an_error(tmp_path, locked_folder):
     root = locked_folder(tmp_path / "data")
     with pytest.raises(PermissionError):
-        find("bids", root)
+        find_source("bids", root)
     with pytest.raises(PermissionError):
         collect(root)
 
@@ -51,23 +52,23 @@ def test_a_root_without_access_is_an_error(tmp_path, locked_folder):
 def test_a_link_to_itself_stops_nothing(tree):  # noqa: F811
     root = tree("sub-01/anat/sub-01_T1w.nii")
     (root / "again").symlink_to("again")
-    assert len(find("bids", root).items) == 1
+    assert len(find_source("bids", root).items) == 1
 
 
 def test_a_link_does_not_bring_back_a_part_that_is_left_out(tree):  # noqa: F811
     root = tree("training/Utrecht/11/pre/T1.nii.gz", "test/Utrecht/12/pre/T1.nii.gz")
     (root / "a_link").symlink_to("test")
-    found = find("wmh", root)
-    assert ids(found) == ["WMH/Utrecht_11/ses-1/T1"]
-    assert found.excluded["other_part"] == ["test/Utrecht/12/pre/T1.nii.gz"]
+    folder = find_source("wmh", root)
+    assert ids(folder) == ["WMH/Utrecht_11/ses-1/T1"]
+    assert folder.excluded["other_part"] == ["test/Utrecht/12/pre/T1.nii.gz"]
     (root / "training").rename(root.parent / "elsewhere")
     (root / "training").symlink_to(root.parent / "elsewhere")
-    assert ids(find("wmh", root)) == ["WMH/Utrecht_11/ses-1/T1"]
+    assert ids(find_source("wmh", root)) == ["WMH/Utrecht_11/ses-1/T1"]
 
 
 def test_letters_of_other_alphabets_stay_in_ids(tree):  # noqa: F811
-    found = find("bids", tree("sub-é1/anat/sub-é1_T1w.nii", "sub-ü1/anat/sub-ü1_T1w.nii"))
-    assert ids(found) == ["data/sub-é1/ses-1/T1", "data/sub-ü1/ses-1/T1"]
+    folder = find_source("bids", tree("sub-é1/anat/sub-é1_T1w.nii", "sub-ü1/anat/sub-ü1_T1w.nii"))
+    assert ids(folder) == ["data/sub-é1/ses-1/T1", "data/sub-ü1/ses-1/T1"]
 
 
 def test_sources_that_overlap_are_refused(tree, tmp_path, capsys):  # noqa: F811
@@ -86,20 +87,23 @@ def test_two_data_sets_of_one_name_are_refused(tree, tmp_path):  # noqa: F811
     one = tree("sub-01/anat/sub-01_T1w.nii", root="a/rawdata")
     two = tree("sub-01/ses-2/anat/sub-01_ses-2_T1w.nii", root="b/rawdata")
     with pytest.raises(ValueError, match="ids of both would begin with 'rawdata'; give one by a link of another name"):
-        gather([find("bids", one), find("bids", two)])
+        collect_sources([find_source("bids", one), find_source("bids", two)])
     (tmp_path / "other").symlink_to(two)
-    subjects = {item.subject for item in gather([find("bids", one), find("bids", tmp_path / "other")]).items}
+    subjects = {
+        item.subject
+        for item in collect_sources([find_source("bids", one), find_source("bids", tmp_path / "other")]).items
+    }
     assert subjects == {"rawdata/sub-01", "other/sub-01"}
     parts = [tree(f"training/Utrecht/{k}/pre/T1.nii", root=f"disk{k}") for k in (1, 2)]  # a release on two disks
-    assert len(gather([find("wmh", part) for part in parts]).items) == 2
+    assert len(collect_sources([find_source("wmh", part) for part in parts]).items) == 2
 
 
 def test_hold_out_does_not_depend_on_capitals(tree):  # noqa: F811
     names = [f"BraTS2021_{k:05d}" for k in range(1251)]
     written = [name.upper() if k % 7 == 0 else name for k, name in enumerate(names)]
-    found = find("brats21", tree(*(f"{name}/{name}_flair.nii.gz" for name in written)))
-    leave_out_test([found], "brats21")
-    kept = {item.subject.split("/")[1].lower() for item in found.items}
+    folder = find_source("brats21", tree(*(f"{name}/{name}_flair.nii.gz" for name in written)))
+    leave_out_test([folder], "brats21")
+    kept = {item.subject.split("/")[1].lower() for item in folder.items}
     assert kept == {name.lower() for name in hold_out(names, 4215532)[0]}
 
 

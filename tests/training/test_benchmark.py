@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from amaes.data.order import Share
 from amaes.models import build_autoencoder
 from amaes.training import benchmark
 
@@ -27,9 +28,10 @@ def test_the_verdict_names_what_takes_more_than_its_share(seconds, said):
     assert said in benchmark.verdict(seconds)
 
 
-def test_the_table_gives_rates_of_all_ranks_and_flop_of_one():
+def test_the_table_gives_rates_of_all_ranks_and_flop_of_one(monkeypatch):
     seconds = {"network": 0.5, "augmentation": 0.6, "data": 0.8}
-    lines = benchmark.table(seconds, batch_size=4, world=2, flop=1e12, gb=1.5, device=torch.device("cpu"))
+    monkeypatch.setattr(benchmark, "peak_gb", lambda device: 1.5)
+    lines = benchmark.timing_table(seconds, Share(4, world=2), flop=1e12, device=torch.device("cpu"))
     assert lines[1].split()[-2:] == ["500.0", "8.00"]
     assert lines[3].split()[-2:] == ["800.0", "5.00"]
     assert any("4 TFLOP/s per rank" in line for line in lines)

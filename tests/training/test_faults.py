@@ -110,7 +110,7 @@ def validating(store, tmp_path_factory):
 @pytest.mark.parametrize("at", [2, 4])  # in the middle, and at the end
 def test_a_signal_during_validation_cuts_it_short_and_the_same_command_makes_up_for_it(store, validating, tmp_path, at):
     argv = options(store, tmp_path / "cut", **VALIDATING)
-    program = SIGNALLED_IN_VALIDATION.format(validation=at // 2, argv=["train_pretrain.py", *map(str, argv)])
+    program = SIGNALLED_IN_VALIDATION.format(validation=at // 2, argv=[*map(str, argv)])
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 130, done.stderr
     assert f"saved at step {at}; the same command continues" in done.stderr
@@ -124,15 +124,14 @@ SIGNALLED_IN_VALIDATION = """
 import os, signal, sys
 import train_pretrain
 from amaes import cli
-patches, calls = train_pretrain.validation_patches, []
-def signalled(*about):
+loader, calls = train_pretrain.loader, []
+def signalled(*about, **more):  # only validation calls it by this name
     calls.append(about)
     if len(calls) == {validation}:
         os.kill(os.getpid(), signal.SIGTERM)
-    return patches(*about)
-train_pretrain.validation_patches = signalled
-sys.argv = {argv}
-cli.run(train_pretrain.main)
+    return loader(*about, **more)
+train_pretrain.loader = signalled
+cli.run(train_pretrain.main, train_pretrain.parse_options({argv}))
 """
 
 
@@ -182,7 +181,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(store, tmp_path, dam
         newest.unlink()
     done = run("train_pretrain.py", *options(store, out, **{"--steps": 4}))
     assert "continuing at step 2 from" in done.stdout
-    assert ("skipped, not sound" in done.stdout) == (damage != "missing")
+    assert ("skipped, it is damaged" in done.stdout) == (damage != "missing")
     assert all((weights(out)[1][name] == tensor).all() for name, tensor in whole.items())
 
 
@@ -257,7 +256,7 @@ def test_an_unreadable_validation_case_is_replaced_too(tmp_path):
     assert "step 2: validation loss 0." in done.stdout
 
 
-@pytest.mark.parametrize(("accumulate", "share", "advice"), [(1, 3, "--accumulate 3 (now 1)"), (3, 3, "no finer")])
+@pytest.mark.parametrize(("accumulate", "share", "advice"), [(1, 3, "`accumulate` 3 (now 1)"), (3, 3, "no finer")])
 def test_out_of_memory_advises_no_micro_steps_that_would_be_refused(accumulate, share, advice):
     error = RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
     explained = hardware.out_of_memory_explained(torch.device("cpu"), accumulate, (32, 32, 32), share)

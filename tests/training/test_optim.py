@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from amaes.training.optim import PRESETS, build_optimizer, hyperparameters, set_lr, stretched_cosine, warmup_cosine
+from amaes.training.optim import build_optimizer, set_lr, stretched_cosine, warmup_cosine
+from amaes.training.presets import PRESETS, hyperparameters
 
 
 def test_warmup_then_cosine_to_zero_and_no_further():

@@ -3,27 +3,27 @@ import json
 import pytest
 import torch
 
-from amaes import distributed
-from amaes.training import run_folder
-from amaes.training.run_folder import Metrics
-
-CHOSEN = {"accumulate": 1, "world": 1}
+from amaes import hardware
+from amaes.distributed import Ranks
+from amaes.training.run_folder import MetricsFile, RunFolder
 
 
-def open_run(folder, options, record, **more):
-    return run_folder.open_run(
-        folder, **({"task": "pretrain", "chosen": CHOSEN} | more), options=options, record=record
-    )
+def run_in(folder, options, kind="pretrain", world=1):
+    ranks = Ranks(0, world, 0, world, torch.device("cpu"))
+    return RunFolder(folder, kind, ranks, kind, {}, None, (16, 16, 16), options, keep=2)
 
 
-ALONE = distributed.Ranks(0, 1, 0, 1, torch.device("cpu"))
+def open_run(folder, options, record, kind="pretrain", accumulate=1, world=1, resume="auto", overwrite=False):
+    run = run_in(folder, options, kind, world)
+    run.open(record, accumulate, resume=resume, overwrite=overwrite, log=lambda line: None)
 
 
 def test_a_new_run_records_what_it_is(tmp_path):
-    assert open_run(tmp_path / "run", {"lr": 0.1}, {"store": "abc"}) == CHOSEN
+    open_run(tmp_path / "run", {"lr": 0.1}, {"store": "abc"})
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["options"] == {"lr": 0.1}
     assert config["record"] == {"store": "abc"}
+    assert config["machine_choice"] == {"accumulate": 1, "world": 1}
     assert {"torch", "numpy", "amaes", "python"} <= set(config["versions"])
     assert "command" in config["starts"][0]
 
@@ -36,16 +36,31 @@ def test_the_same_command_continues_and_is_recorded(tmp_path):
 
 def test_other_options_are_refused_with_both_values(tmp_path):
     open_run(tmp_path, {"batch_size": 4}, {"store": "abc"})
-    with pytest.raises(ValueError, match=r"--batch-size 8: the run in .* has 4"):
+    with pytest.raises(ValueError, match=r"`batch_size` 8: the run in .* has 4"):
         open_run(tmp_path, {"batch_size": 8}, {"store": "abc"})
     with pytest.raises(ValueError, match="store other: the run in .* has abc"):
         open_run(tmp_path, {"batch_size": 4}, {"store": "other"})
 
 
-def test_what_was_chosen_holds_for_the_same_number_of_ranks(tmp_path):
-    open_run(tmp_path, {}, {}, chosen={"accumulate": 4, "world": 2})
-    assert open_run(tmp_path, {}, {}, chosen={"accumulate": 8, "world": 2}) == {"accumulate": 4, "world": 2}
-    assert open_run(tmp_path, {}, {}, chosen={"accumulate": 8, "world": 1}) == {"accumulate": 8, "world": 1}
+@pytest.mark.parametrize("name", ["machine_choice", "chosen"])  # now, and in earlier versions
+def test_micro_steps_stay_as_chosen_for_the_same_number_of_ranks(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(hardware, "fit_micro_batch", lambda *about: 8)  # what memory asks for now
+
+    def settled(accumulate="auto", world=2, **more):
+        return run_in(tmp_path, {}, world=world).settle_micro_steps(accumulate, None, 16, bf16=False, **more)
+
+    assert settled() == 8
+    open_run(tmp_path, {}, {}, accumulate=4, world=2)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[name] = config.pop("machine_choice")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert settled() == 4
+    assert settled(accumulate=2) == 2
+    assert settled(world=1) == 8
+    assert settled(begin_anew=True) == 8
+    assert settled(views=2) == 1  # its loss compares the patches of a micro-step
+    open_run(tmp_path, {}, {}, accumulate=8, world=1)
+    assert settled(world=1) == 8
 
 
 def test_resume_never_refuses_a_run_and_overwrite_clears_what_is_its_own(tmp_path):
@@ -80,7 +95,7 @@ def test_what_is_not_a_run_of_this_task_is_left_alone(tmp_path, overwrite):
 
     open_run(tmp_path / "run", {}, {})
     with pytest.raises(ValueError, match="holds a run of task 'pretrain', this is 'segment'"):
-        open_run(tmp_path / "run", {}, {}, task="segment", overwrite=overwrite)
+        open_run(tmp_path / "run", {}, {}, kind="segment", overwrite=overwrite)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="a file, expected a folder"):
         open_run(tmp_path / "file", {}, {}, overwrite=overwrite)
@@ -89,13 +104,14 @@ def test_what_is_not_a_run_of_this_task_is_left_alone(tmp_path, overwrite):
 def test_a_killed_start_and_the_demo_data_are_not_in_the_way(tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / ".config.json.77.tmp").write_text("{")
-    assert open_run(tmp_path, {}, {}) == CHOSEN
+    open_run(tmp_path, {}, {})
+    assert (tmp_path / "config.json").is_file()
 
 
 def test_metrics_after_the_step_are_dropped_with_a_line_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "loss": 1}\n{"step": 20, "loss": 2}\n{"step": 3')
-    metrics = Metrics(path, step=10)
+    metrics = MetricsFile(path, step=10)
     metrics.write(step=20, loss=0.123456789, note="x")
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 10, "loss": 1},

@@ -199,7 +199,7 @@ def test_conflicting_preprocessing_shows_both_values(pretrained, store, tmp_path
     (other / "dataset.json").write_text(json.dumps(index))
     path = pretrained / "checkpoints" / "step-8.pt"
     done = run("train_finetune.py", *finetune_options(other, tmp_path / "run", "--weights", path), status=2)
-    assert "pretrained on volumes with spacing [1.0, 1.0, 1.0]" in done.stderr
+    assert "trained on volumes with spacing [1.0, 1.0, 1.0]" in done.stderr
     assert "[2.0, 1.0, 1.0]" in done.stderr
 
 

@@ -1,0 +1,186 @@
+"""The folds of a run that can be evaluated: their checkpoints, the cases they are tested on, the store of these."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from amaes import checkpoint
+from amaes.data.store import Store
+from amaes.files import read_json
+
+
+@dataclass(frozen=True)
+class Fold:
+    """RUN/fold<number>, trained to the end.
+
+    Attributes:
+        number: counted from 0.
+        folder: RUN/fold<number>.
+        checkpoint: the last one.
+        train: ids of the cases that it was trained on.
+        test: ids of the cases to test.
+        suffix: is added to the names of what evaluation writes; not empty where `test` are not the fold's own cases.
+        ignored_label: value of the label files whose voxels are left out of both maps; None: none is.
+    """
+
+    number: int
+    folder: Path
+    checkpoint: Path
+    train: list[str]
+    test: list[str]
+    suffix: str = ""
+    ignored_label: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of train_finetune.py to evaluate.
+
+    Attributes:
+        path: its folder.
+        options: those it was trained with.
+        store: holds the test cases.
+        folds: those trained to the end, at least one.
+        unfinished: a line for each of the other folds.
+        groups: name of a part of the test cases -> their ids.
+    """
+
+    path: Path
+    options: dict
+    store: Store
+    folds: list[Fold]
+    unfinished: list[str]
+    groups: dict[str, list[str]]
+
+
+def read_options(run: Path) -> dict:
+    """The options that a run was trained with.
+
+    Raises:
+        FileNotFoundError, ValueError: not a run of train_finetune.py.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run}: not a run of train_finetune.py (no config.json there)")
+    content = read_json(path)
+    options = content.get("options") if isinstance(content, dict) else None
+    if not isinstance(options, dict) or not {"steps", "data"} <= options.keys():
+        raise ValueError(f"{path}: not that of a run of train_finetune.py")
+    return options
+
+
+def find_folds(run: Path) -> tuple[list[Fold], list[str]]:
+    """The folds of a run that are trained to the end, and a line for each that is not.
+
+    Raises:
+        FileNotFoundError, ValueError: not a run, or no fold is finished.
+    """
+    steps = read_options(run)["steps"]
+    folders = {int(path.name[4:]): path for path in run.glob("fold*") if path.is_dir() and path.name[4:].isdecimal()}
+    folds, unfinished = [], []
+    for number, folder in sorted(folders.items()):
+        saved = checkpoint.saved(folder / "checkpoints")
+        step = int(saved[0].stem.removeprefix("step-")) if saved else 0
+        if step == steps and not is_sound(saved[0]):
+            unfinished.append(f"{folder}: {saved[0].name} is damaged, left out; the same training command remakes it")
+        elif step == steps:
+            split = read_json(folder / "config.json")
+            folds.append(Fold(number, folder, saved[0], train=split["train"], test=split["test"]))
+        else:
+            unfinished.append(f"{folder}: at step {step} of {steps}, left out")
+    if not folds:
+        state = "; ".join(unfinished) or "no folder fold<k> there"
+        raise ValueError(f"{run}: no finished fold ({state}); train_finetune.py makes them")
+    return folds, unfinished
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a checkpoint is a whole zip archive: the checksums of all its entries are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def open_run(path: Path, data: Path | None = None) -> Run:
+    """A run, its finished folds, and the store of their test cases.
+
+    Args:
+        path: the folder of the run.
+        data: the store; None: the one that the run was trained on.
+
+    Raises:
+        FileNotFoundError, ValueError: not a run, no fold is finished, or no store there.
+    """
+    folds, unfinished = find_folds(path)
+    options = read_options(path)
+    if data is None:
+        data = Path(options["data"])
+        if not data.is_absolute() and not data.exists():
+            raise FileNotFoundError(
+                f"{path}: trained on the store {data}, which is not in the folder {Path.cwd()}; `data` STORE gives it"
+            )
+    return Run(path, options, Store(data), folds, unfinished, groups={})
+
+
+def pretraining_options(options: dict) -> dict | None:
+    """The options of the pretraining run that made the weights of a fine-tuning run.
+
+    Args:
+        options: of the fine-tuning run.
+
+    Returns:
+        None where there was no pretraining, or the file is gone or does not say how it was made.
+    """
+    path = Path(options["weights"])
+    if options["weights"] == "scratch" or not path.is_file():
+        return None
+    provenance = checkpoint.read(path).get("provenance")
+    return provenance.get("options") if isinstance(provenance, dict) else None
+
+
+def scored_classes(store: Store, num_classes: int) -> dict[str, tuple[int]]:
+    """The classes to score: those of the store. A number between them that no label has (1, 3: 2) is no class."""
+    return {str(value): (value,) for value in sorted(store.labels) if 0 < value < num_classes}
+
+
+def check_classes(runs: Sequence[Run]) -> None:
+    """Refuse runs that score different classes and cannot be compared.
+
+    Raises:
+        ValueError: names the two runs and their classes.
+    """
+    if len(runs) < 2:
+        return
+    classes = []
+    for run in runs:
+        num_classes = checkpoint.load_segmenter(run.folds[0].checkpoint)[1]["build"]["num_classes"]
+        classes.append([int(name) for name in scored_classes(run.store, num_classes)])
+    for run, of_run in zip(runs, classes, strict=True):
+        if of_run != classes[0]:
+            raise ValueError(
+                f"{run.path} has the classes {of_run}, {runs[0].path} has {classes[0]}: they cannot be compared"
+            )
+
+
+def check_cases(store: Store, folds: Iterable[Fold], space: str) -> None:
+    """Refuse a store that lacks test cases and, in native space, missing label files.
+
+    Args:
+        store, folds: of a run.
+        space: "native" or "store".
+
+    Raises:
+        FileNotFoundError, ValueError: names the first such case.
+    """
+    for id in sorted({id for fold in folds for id in fold.test}):
+        if store.index(id) >= 0 and space == "native":
+            label_file = store.properties(id).get("label_file")
+            if label_file is None or not Path(label_file).is_file():
+                raise FileNotFoundError(
+                    f"case {id}: its label file {label_file} is not there; `space` store takes the preprocessed labels"
+                )

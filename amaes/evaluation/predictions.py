@@ -1,0 +1,187 @@
+"""Predictions of a fold and the labels they are measured against, on the scans' own grids or on the store's.
+
+A prediction that is there is used again as long as the checkpoint, the settings and the case's arrays are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from amaes.data.store import Store
+from amaes.evaluation.folds import Fold
+from amaes.files import write_json, written_whole
+from amaes.inference import argmax_labels, restore_labels, sliding_window, undo_label_map
+from amaes.preprocess.config import Config
+from amaes.preprocess.nifti import Header, write_like
+from amaes.preprocess.read_case import read_file, read_label
+
+IGNORED = 255  # class number of voxels that are left out of both maps, while a label is read
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a prediction is measured against.
+
+    Attributes:
+        labels: class numbers, (X, Y, Z) in RAS.
+        spacing: mm.
+        warnings: on the files that were read.
+        header: of the label file; None in the space of the store.
+        ignored: voxels left out of both maps, (X, Y, Z) bool; None: none are.
+    """
+
+    labels: np.ndarray
+    spacing: tuple[float, ...]
+    warnings: list[str]
+    header: Header | None = None
+    ignored: np.ndarray | None = None
+
+
+class NativeSpace:
+    """Predictions are NIfTI files on the grid of the scans; references are the label files as they are.
+
+    Args:
+        store: of the cases.
+        folder: of the predictions.
+        ignored_label: value of the label files whose voxels are marked and made background.
+    """
+
+    def __init__(self, store: Store, folder: Path, ignored_label: int | None = None) -> None:
+        self._store, self._folder, self._ignored_label = store, folder, ignored_label
+        self._config = replace(Config.from_dict(store.config), on_geometry_mismatch="reject")
+
+    def path(self, id: str) -> Path:
+        """The file of a prediction."""
+        return self._folder / f"{id}.nii.gz"
+
+    def save(self, id: str, logits: torch.Tensor) -> None:
+        """Write the prediction of a case with the values that the label files hold; logits (K, x, y, z)."""
+        properties = self._store.properties(id)
+        values = undo_label_map(restore_labels(logits, properties), self._config.label_map)
+        write_like(self.path(id), values, properties)
+
+    def reference(self, id: str) -> Reference:
+        """The label file of a case; RejectedInput where it cannot be read."""
+        path, warnings = Path(self._store.properties(id)["label_file"]), []
+        header, _ = read_file(path, self._config)
+        if self._ignored_label is None:
+            labels, _ = read_label(path, header, self._config, warnings)
+            return Reference(labels, header.ras_spacing, warnings, header)
+        label_map = {**self._config.label_map, self._ignored_label: IGNORED}
+        labels, _ = read_label(path, header, replace(self._config, label_map=label_map), warnings)
+        ignored = labels == IGNORED
+        labels[ignored] = 0
+        return Reference(labels, header.ras_spacing, warnings, header, ignored)
+
+    def prediction(self, id: str, reference: Reference) -> np.ndarray:
+        """Class numbers (X, Y, Z) in RAS; RejectedInput where the grid is not that of the label file."""
+        return read_label(self.path(id), reference.header, self._config, reference.warnings)[0]
+
+
+class StoreSpace:
+    """Predictions are arrays on the grid of the store; references are its labels.
+
+    Args:
+        store: of the cases.
+        folder: of the predictions.
+        ignored_label: must be None, as a store has classes, not the values of the label files.
+    """
+
+    def __init__(self, store: Store, folder: Path, ignored_label: None = None) -> None:
+        assert ignored_label is None
+        self._store, self._folder = store, folder
+
+    def path(self, id: str) -> Path:
+        """The file of a prediction."""
+        return self._folder / f"{id}.npy"
+
+    def save(self, id: str, logits: torch.Tensor) -> None:
+        """Write the prediction of a case as class numbers; logits (K, X, Y, Z)."""
+        with written_whole(self.path(id)) as file:
+            np.save(file, argmax_labels(logits))
+
+    def reference(self, id: str) -> Reference:
+        """The preprocessed label of a case."""
+        at = self._store.properties(id)
+        sides = zip(at["cropped_shape"], at["ras_spacing"], at["resampled_shape"], strict=True)
+        spacing = tuple(count * size / resampled for count, size, resampled in sides)  # shapes are rounded, so not 1 mm
+        return Reference(np.asarray(self._store.label(id)), spacing, [])
+
+    def prediction(self, id: str, reference: Reference) -> np.ndarray:
+        """Class numbers, (X, Y, Z)."""
+        return np.load(self.path(id), allow_pickle=False)
+
+
+Space = NativeSpace | StoreSpace
+SPACES: dict[str, type[Space]] = {"native": NativeSpace, "store": StoreSpace}
+
+
+def open_predictions(fold: Fold, store: Store, made_by: Mapping) -> Path:
+    """The folder of a fold's predictions, made if it is not there.
+
+    Predictions of another checkpoint, of other settings or of other arrays are deleted.
+
+    Args:
+        fold: its `test` cases are predicted.
+        store: of the cases.
+        made_by: what predictions depend on apart from the case, as plain data; "space" is in it.
+    """
+    name = "predictions" if made_by["space"] == "native" else "predictions_store"
+    folder = fold.folder / f"{name}{fold.suffix}"
+    record = folder / "made_by.json"
+    versions = _array_versions(store, fold.test)
+    try:
+        before = json.loads(record.read_text())
+        known = before.pop("cases")
+        current = {id for id, version in versions.items() if known.get(id) == version} if before == made_by else set()
+    except (OSError, ValueError, KeyError, AttributeError):
+        current = set()
+    for old in [*folder.rglob("*.nii.gz"), *folder.rglob("*.npy")]:
+        if old.relative_to(folder).as_posix().removesuffix(".npy").removesuffix(".nii.gz") not in current:
+            old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, {**made_by, "cases": versions})
+    return folder
+
+
+def _array_versions(store: Store, ids: Sequence[str]) -> dict[str, list]:
+    """Bytes and time of change (ns) of every case's array and record; [] where they are absent."""
+    versions = {}
+    for id in ids:
+        files = [store.path / "cases" / f"{id}{suffix}" for suffix in (".npy", ".json")]
+        stats = [file.stat() for file in files if file.is_file()]
+        versions[id] = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    return versions
+
+
+def predict_once(
+    model: nn.Module, store: Store, id: str, space: Space, reference: Reference, patch_size: Sequence[int], **options
+) -> np.ndarray:
+    """The prediction of a case: the file that is there, or else a new one.
+
+    Args:
+        model, patch_size, options: of `sliding_window`.
+        store: holds the case.
+        id: of the case.
+        space: where predictions are kept.
+        reference: what the prediction is measured against.
+
+    Returns:
+        Class numbers on the grid of the reference, (X, Y, Z).
+    """
+    if space.path(id).is_file():
+        try:
+            return space.prediction(id, reference)
+        except (OSError, ValueError, EOFError) as error:  # damaged: made again, once
+            if getattr(error, "code", "") == "label_geometry":  # not damaged, but the label is on another grid
+                raise
+            space.path(id).unlink()
+    space.save(id, sliding_window(model, store.image(id), patch_size, **options))
+    return space.prediction(id, reference)

@@ -1,0 +1,17 @@
+"""1x1x1 convolution."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """1x1x1 convolution as a matrix product over channels: (B, C, X, Y, Z) to (B, O, X, Y, Z) in channels-last memory.
+
+    Args:
+        x: input.
+        weight: (O, C, 1, 1, 1).
+        bias: (O,), or None.
+    """
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)

@@ -1,0 +1,70 @@
+"""What contradicts itself is refused before any work: patch and batch sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from amaes.data.order import Share
+from amaes.models import build_encoder
+
+
+def check_patch_size(patch_size: Sequence[int], arch: str, token_size: int = 1) -> None:
+    """Refuse a patch that the network or the mask cannot divide, or of which the coarsest stage keeps too few voxels.
+
+    Args:
+        patch_size: (X, Y, Z), voxels.
+        arch: a key of `amaes.models.ARCHITECTURES`.
+        token_size: side of a token, voxels; 1 where nothing is masked.
+
+    Raises:
+        ValueError: names sizes that are accepted.
+    """
+    with torch.device("meta"):
+        encoder = build_encoder(arch)
+    stride, fewest = encoder.strides[-1], encoder.min_bottleneck_voxels
+    unit = math.lcm(stride, token_size)
+    sides = " ".join(map(str, patch_size))
+    accepted = f"{arch} with tokens of {token_size} takes multiples of {unit}"
+    for side in patch_size:
+        if side % unit or side < unit:
+            below = max(side // unit, -(-2 * stride // unit)) * unit
+            raise ValueError(
+                f"`patch_size` {sides}: {side} is not accepted; {accepted}, e.g. {below} or {below + unit}"
+            )
+    left = math.prod(side // stride for side in patch_size)
+    if left < fewest:
+        raise ValueError(
+            f"`patch_size` {sides}: leaves {left} voxels at the coarsest stage, too few for its norms; {accepted} that "
+            f"leave {fewest} or more, one for {stride} x {stride} x {stride}"
+        )
+
+
+def check_batch(batch_size: int, world: int, accumulate: int | str) -> None:
+    """Refuse a global batch that ranks and micro-steps cannot share out evenly.
+
+    Args:
+        batch_size: patches per step over all ranks.
+        world: number of ranks.
+        accumulate: micro-steps per step, or "auto".
+
+    Raises:
+        ValueError: names sizes that are accepted.
+    """
+    pieces = world * (1 if accumulate == "auto" else accumulate)
+    if batch_size % pieces:
+        shares = f"{world} ranks" + ("" if accumulate == "auto" else f" x `accumulate` {accumulate}")
+        raise ValueError(
+            f"`batch_size` {batch_size}: cannot be split over {shares}; accepted: multiples of {pieces}, "
+            f"e.g. {max(1, batch_size // pieces) * pieces}"
+        )
+
+
+def describe_batch(share: Share, device: torch.device, steps: int) -> str:
+    """One line: how the global batch is cut."""
+    return (
+        f"{steps} steps of {share.batch_size} patches = {share.world} ranks x {share.accumulate} micro-steps x "
+        f"{share.of_micro_step} on {device.type}"
+    )
