@@ -59,7 +59,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from amaes import distributed, hardware, phantom
+from amaes import distributed, hardware
 from amaes.data.loader import loader, training_batches
 from amaes.data.order import Share, order_of
 from amaes.data.pretrain_data import PretrainData, split_for_pretraining
@@ -170,6 +170,8 @@ def check(args: argparse.Namespace, ranks: distributed.Ranks) -> tuple[Objective
 def open_data(args: argparse.Namespace, objective: Objective, ranks: distributed.Ranks, log: Callable) -> PretrainData:
     """The stores of --data, split; the demo's is made first, by rank 0."""
     if args.data == ["demo"]:
+        from amaes import phantom  # what it needs takes a second to import
+
         folder = args.out / "demo"
         log(f"--data demo: training on SYNTHETIC head phantoms, kept in {folder}; for real scans give --data STORE")
         made = phantom.make_demo_data(folder, labels=objective.labels) if ranks.is_main else None

@@ -111,8 +111,9 @@ def save(folder: Path, content: dict, keep: int) -> Path:
 
 def saved(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first."""
-    step_of = {path: re.fullmatch(r"step-(\d+)", path.stem) for path in folder.glob("step-*.pt")}
-    return sorted((path for path, step in step_of.items() if step), key=lambda p: int(step_of[p][1]), reverse=True)
+    steps = {path: path.stem.removeprefix("step-") for path in folder.glob("step-*.pt")}
+    paths = [path for path, step in steps.items() if re.fullmatch(r"\d+", step)]
+    return sorted(paths, key=lambda path: int(steps[path]), reverse=True)
 
 
 def latest(folder: Path) -> tuple[dict | None, Path | None, list[str]]:
@@ -216,7 +217,7 @@ def check_preprocessing(
     trained = {name: content["preprocess"].get(name) for name in names}
     given = {name: store.config[name] for name in names}
     if channels:
-        trained["channels"], given["channels"] = content["channels"], store.channels
+        trained["channels"], given["channels"] = content.get("channels"), store.channels
     for name, value in trained.items():
         if given[name] != value:
             remedy = f"preprocess with the same `{name}`, or train again" if name in names else "take another store"

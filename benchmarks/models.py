@@ -23,6 +23,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from amaes.choices import DEVICES
 from amaes.cli import Parser, positive_int, run
 from amaes.distributed import pick_device
 from amaes.files import write_json
@@ -38,7 +39,7 @@ DECODERS = ("light", "unet", "mednext")
 
 
 class PlainUnit(nn.Module):
-    """Convolution, instance norm and an in-place leaky ReLU; after an upsampling that is written. Weights of ours."""
+    """Convolution, instance norm and an in-place leaky ReLU, with the weights of ours; an upsampled map is written."""
 
     def __init__(self, unit: ConvUnit) -> None:
         super().__init__()
@@ -218,7 +219,7 @@ def parse_options() -> argparse.Namespace:
     add("--patch-size", type=positive_int, default=64, help="side of the cube, voxels")
     add("--batch-size", type=positive_int, default=1, help="cubes per step")
     add("--repeats", type=positive_int, default=3, help="steps that are timed, the fastest counts")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is a GPU")
+    add("--device", choices=DEVICES, default="auto", help="auto: CUDA where there is a GPU")
     add("--precision", choices=["bf16", "fp32"], default="bf16", help="bf16: autocast")
     add("--threads", type=positive_int, help="of PyTorch on the CPU (default: its own)")
     add("--compile", choices=["off", "on", "both"], default="off", help="eager, torch.compile, or one after the other")

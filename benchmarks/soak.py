@@ -114,13 +114,14 @@ def _family_mb(pid: int) -> float:
 
 
 def _below(pid: int) -> list[int]:
-    found = []
+    """Its child processes, their children, and so on."""
+    children = []
     for table in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found += [int(child) for child in table.read_text().split()]
+            children += [int(child) for child in table.read_text().split()]
         except OSError:
             continue
-    return found + [below for child in found for below in _below(child)]
+    return children + [below for child in children for below in _below(child)]
 
 
 # Kills ----------------------------------------------------------------------------------------------------------------

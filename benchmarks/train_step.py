@@ -23,6 +23,7 @@ from models import kept_bytes, plain_copy
 from torch import nn
 
 from amaes import cli, hardware, rng
+from amaes.choices import DEVICES
 from amaes.distributed import pick_device
 from amaes.files import write_json
 from amaes.losses import reconstruction_loss
@@ -42,7 +43,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=cli.positive_int, help="(default: 8 on CUDA, 2 on the CPU)")
     parser.add_argument("--steps", type=cli.positive_int, help="of the whole loop (default: 60 on CUDA, 6 on the CPU)")
     parser.add_argument("--workers", type=cli.non_negative_int, default=2, help="processes that read patches")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA if possible")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: CUDA if possible")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     args = parser.parse_args()
     device = pick_device(args.device)
@@ -109,8 +110,8 @@ def steps_beside(arch: str, patch: int, batch: int, device: torch.device) -> dic
     mask = token_mask(x, keys=rng.keys(0, [0] * batch, range(batch), "mask"))
     networks = {"plain": plain_copy(build_autoencoder(arch)), "ours": build_autoencoder(arch)}
     if device.type == "cuda":
-        compiler, how = hardware.compiler(device, "auto")
-        networks[f"ours, {how}"] = compiler(build_autoencoder(arch))
+        compiler, mode = hardware.compiler(device, "auto")
+        networks[f"ours, {mode}"] = compiler(build_autoencoder(arch))
     half = hardware.use_bf16(device, "auto")
     runs = {name: Step(network.to(device), x, mask, half) for name, network in networks.items()}
     for run in runs.values():
@@ -129,7 +130,7 @@ def steps_beside(arch: str, patch: int, batch: int, device: torch.device) -> dic
 
 
 class Step:
-    """A training step that can be timed."""
+    """A training step, its times and its memory."""
 
     def __init__(self, network: nn.Module, x: torch.Tensor, mask: torch.Tensor, half: bool) -> None:
         self.network, self.x, self.mask, self.half = network, x, mask, half

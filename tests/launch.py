@@ -1,14 +1,19 @@
 """Start the training scripts as a user does, and read what they leave."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
 
+import pytest
 import torch
 
-from amaes import checkpoint
+from amaes import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--arch", "unet_tiny", "--patch-size", "32", "--batch-size", "4", "--device", "cpu")
@@ -22,11 +27,30 @@ def command(script, *options, ranks=1):
 
 
 def run(script, *options, ranks=1, status=0):
-    done = subprocess.run(
-        command(script, *options, ranks=ranks), cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
-    )
+    """Run a script to its end. One rank runs in this process: a new one takes seconds to import what it needs."""
+    if ranks == 1:
+        done = run_here(script, *map(str, options))
+    else:
+        argv = command(script, *options, ranks=ranks)
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def run_here(script, *words):
+    """What `python SCRIPT WORDS` would return and print; signal handlers and sys.argv are put back."""
+    module = import_module(script.removesuffix(".py"))
+    stdout, stderr, kept_argv = StringIO(), StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    sys.argv = [script, *words]
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as end:
+            cli.run(module.main, module.parse_options())
+    finally:
+        sys.argv = kept_argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(words, end.value.code, stdout.getvalue(), stderr.getvalue())
 
 
 def weights(run_folder):

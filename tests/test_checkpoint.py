@@ -4,6 +4,8 @@ import resource
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,6 +145,30 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.json", "step-1.pt"]
     assert checkpoint.latest(tmp_path)[0]["step"] == 1
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20000  # the limit was the child's
+
+
+# Preprocessing
+
+
+@pytest.mark.parametrize(
+    ("change", "channels", "message"),
+    [
+        ({}, True, None),
+        ({"spacing": [2.0, 1.0, 1.0]}, False, r"a\.pt: trained on volumes with spacing \[2\.0.*STORE has \[1\.0, 1\.0"),
+        ({"normalization": "zscore"}, False, "normalization zscore, STORE has unit; preprocess with the same `normal"),
+        ({"channels": ["FLAIR"]}, False, None),
+        ({"channels": ["FLAIR"]}, True, r"channels \['FLAIR'\], STORE has \['T1w'\]"),
+        ({"preprocess": None}, True, None),  # a published file, which does not tell
+    ],
+)
+def test_a_store_prepared_in_another_way_is_refused(change, channels, message):
+    config = {"spacing": [1.0, 1.0, 1.0], "normalization": "unit"}
+    store = SimpleNamespace(path="STORE", config=config, channels=["T1w"])
+    preprocess = config | {key: value for key, value in change.items() if key in config}
+    trained = {"preprocess": preprocess, "channels": ["T1w"]}
+    trained |= {key: value for key, value in change.items() if key in trained}
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        checkpoint.check_preprocessing("a.pt", trained, store, channels=channels)
 
 
 # Weights into an encoder

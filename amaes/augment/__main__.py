@@ -15,7 +15,7 @@ from amaes.cli import Parser, fraction, non_negative_int, positive_int, run
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = Parser(prog="python -m amaes.augment", description="Draw what the augmentation does to one scan.")
+    parser = Parser(description="Draw what the augmentation does to one scan.")
     parser.add_argument("image", type=Path, metavar="IMAGE", help="scan, .nii or .nii.gz")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the PNG files go")
     parser.add_argument(

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import nibabel
 import numpy as np
-import scipy
 import torch
 from torch import nn
 
@@ -269,8 +268,8 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),  # a class of its own, which a checkpoint must not hold
         "cudnn": str(torch.backends.cudnn.version()),
         "numpy": np.__version__,
-        "scipy": scipy.__version__,
-        "nibabel": nibabel.__version__,
+        "scipy": metadata.version("scipy"),
+        "nibabel": metadata.version("nibabel"),
     }
 
 
