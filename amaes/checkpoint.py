@@ -53,7 +53,7 @@ def read(path: Path) -> dict:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of tensors and plain data.
+        ValueError: damaged, or not a file of tensors and plain data.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
@@ -61,6 +61,8 @@ def read(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError(f"{path}: not a checkpoint (its entries are compressed)")
+            if (entry := _damaged_entry(archive)) is not None:
+                raise ValueError(f"{path}: damaged, the checksum of {entry} is wrong; copy it again or take another")
     try:
         with torch.serialization.safe_globals(_NUMPY), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is read, or refused below
@@ -76,6 +78,14 @@ def read(path: Path) -> dict:
         if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), MAX_REPEATED_BYTES):
             raise ValueError(f"{path}: its tensor {name} claims {tuple(tensor.shape)}, the file holds less than that")
     return content
+
+
+def _damaged_entry(archive: zipfile.ZipFile) -> str | None:
+    """The first entry whose content does not have its checksum, which torch.load does not compare."""
+    try:
+        return archive.testzip()
+    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+        return f"an entry ({error})"
 
 
 def _tensors(content: Mapping, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -125,10 +135,8 @@ def latest(folder: Path) -> tuple[dict | None, Path | None, list[str]]:
     skipped = []
     for path in saved(folder):
         try:
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()  # compares the checksums of all entries, which torch.load does not
-            if broken is not None:
-                raise ValueError(f"{path}: entry {broken} is damaged")
+            if not zipfile.is_zipfile(path):
+                raise ValueError(f"{path}: not a whole file")
             return read(path), path, skipped
         except Exception as error:  # a damaged file can raise anything
             skipped.append(f"{path}: skipped, it is damaged ({error})")

@@ -147,6 +147,29 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rest(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20000  # the limit was the child's
 
 
+@pytest.mark.parametrize(
+    "reader",
+    [
+        checkpoint.read,
+        checkpoint.load_segmenter,
+        checkpoint.import_weights,
+        lambda path: checkpoint.load_encoder(build_segmenter("unet_tiny"), path),
+    ],
+)
+def test_one_flipped_bit_is_refused_by_every_reader(tmp_path, reader):
+    network = build_segmenter("unet_tiny")
+    build = {"arch": "unet_tiny", "in_channels": 1, "num_classes": 2}
+    path = tmp_path / "step-1.pt"
+    torch.save({"format": checkpoint.FORMAT, "task": "segment", "build": build, "model": network.state_dict()}, path)
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step-1\.pt: damaged, the checksum of .* is wrong"):
+        reader(path)
+
+
 # Preprocessing
 
 
