@@ -7,7 +7,7 @@ augmentation.png  one head under each transform alone, at its strongest
 prediction.png    test heads with the outlines of the reference and of the prediction
 data.png          the way of a scan through pretraining
 
-It draws heads, preprocesses, pretrains and fine-tunes in --work with the commands that a user would type. What is in
+It draws heads, preprocesses and pretrains in --work with the commands that a user would type. What is in
 --work already is used again, so that a changed picture takes seconds.
 """
 
@@ -24,16 +24,13 @@ import torch
 from amaes import cli, rng
 from amaes.augment import PretrainAugment
 from amaes.augment.sheets import weak_and_strong
-from amaes.checkpoint import load_segmenter, read
+from amaes.checkpoint import read
 from amaes.data.loader import loader
 from amaes.data.patches import Patches
 from amaes.data.pretrain_data import PretrainData, split_for_pretraining
-from amaes.data.splits import fold_splits
 from amaes.data.store import Store
 from amaes.demo import run_step, start_of
-from amaes.inference import argmax_labels, sliding_window
 from amaes.mask import apply_mask, token_mask
-from amaes.metrics import dice
 from amaes.models import build_network
 from amaes.objectives import OBJECTIVES
 from amaes.pictures import Panel, Row, centred, hstack, middle_slices, write_sheet
@@ -42,19 +39,14 @@ from amaes.preprocess.nifti import to_stored_axes
 from amaes.preprocess.read_case import read_file
 
 PATCH = (48, 48, 48)
-PRETRAIN_STEPS, FINETUNE_STEPS, TRAIN_CASES = 1500, 250, 8
+PRETRAIN_STEPS = 1500
 MASK = {"token_size": 4, "mask_ratio": 0.6}
 NETWORK = "--arch unet_tiny --workers 0 --compile off --patch-size 48 --batch-size 2"
 COMMANDS = (
     "phantom --out {work}/heads --subjects 40 --first 101 --fov 72",
-    "phantom --out {work}/lesions --subjects 16 --sequences FLAIR --labels --fov 72",
     "preprocess --images {work}/heads/images --out {work}/heads-store",
-    "preprocess --images {work}/lesions/images --labels {work}/lesions/labels --out {work}/lesions-store",
     f"pretrain --data {{work}}/heads-store {NETWORK} --crop patch --skips --lr 2e-3 --steps {PRETRAIN_STEPS} "
     "--val-fraction 0.1 --val-every 300 --out {work}/pretrain",
-    f"finetune --data {{work}}/lesions-store {NETWORK} --lr 5e-3 --steps {FINETUNE_STEPS} --folds 2 "
-    f"--train-cases {TRAIN_CASES} --fold 0 --augment spatial "
-    f"--weights {{work}}/pretrain/checkpoints/step-{PRETRAIN_STEPS}.pt --out {{work}}/finetune",
 )
 
 
@@ -134,23 +126,6 @@ def draw_augmentation(path: Path, work: Path) -> None:
     write_sheet(path, "Each transform alone, at the strongest setting that training draws", rows, zoom=2)
 
 
-def draw_prediction(path: Path, work: Path) -> None:
-    """The axial slice with most lesion of three test heads: scan, reference, prediction."""
-    store = Store(work / "lesions-store")
-    checkpoint = work / "finetune" / "fold0" / "checkpoints" / f"step-{FINETUNE_STEPS}.pt"
-    network, _ = load_segmenter(checkpoint)
-    rows = []
-    for id in fold_splits(store, folds=2, train_cases=TRAIN_CASES)[0]["test"][:3]:
-        image, label = np.asarray(store.image(id)), np.asarray(store.label(id))
-        found = argmax_labels(sliding_window(network, image, PATCH))
-        z = int((label == 1).sum((0, 1)).argmax())
-        scan, reference, prediction = (volume[:, ::-1, z].T for volume in (image[0], label, found))
-        scores = ", ".join(f"{store.labels[k]} {dice(found == k, label == k):.2f}" for k in (1, 2))
-        panels = [Panel(scan, "scan"), Panel(scan, "reference", reference), Panel(scan, f"Dice {scores}", prediction)]
-        rows.append(Row(id, panels))
-    write_sheet(path, "Test heads: lesion orange, ventricle blue; Dice is of the whole head", rows, zoom=3)
-
-
 def draw_data(path: Path, work: Path) -> None:
     """One scan at every station of pretraining: the middle slice of the volume, then of a patch of it."""
     data, objective, network = pretraining(work)
@@ -184,12 +159,7 @@ def draw_data(path: Path, work: Path) -> None:
     write_sheet(path, "From a file to the loss of pretraining: a held-out synthetic head", [Row("", panels)])
 
 
-DRAWINGS = {
-    "pretraining.png": draw_pretraining,
-    "augmentation.png": draw_augmentation,
-    "prediction.png": draw_prediction,
-    "data.png": draw_data,
-}
+DRAWINGS = {"pretraining.png": draw_pretraining, "augmentation.png": draw_augmentation, "data.png": draw_data}
 
 
 def main(args: argparse.Namespace) -> int:
