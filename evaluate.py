@@ -14,7 +14,7 @@ from pathlib import Path
 
 from amaes import cli
 from amaes.choices import EMPTY
-from amaes.evaluation.command_line import add_inference_options, failure_message
+from amaes.evaluation.command_line import add_inference_options, failure_message, stop_if_disk_full
 from amaes.metrics import DEFAULT_METRICS, METRICS, measure_case
 from amaes.paper import protocols
 
@@ -28,7 +28,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="folder written by train_finetune.py")
     add("--data", type=Path, metavar="STORE", help="store of the cases (default: the one trained on)")
-    add("--json", type=Path, metavar="FILE", help="also write all summaries and comparisons there")
+    add("--json", type=cli.output_file, metavar="FILE", help="also write all summaries and comparisons there")
     add = parser.add_argument_group("metrics").add_argument
     names = {"nargs": "+", "choices": list(METRICS), "default": list(DEFAULT_METRICS), "metavar": "NAME"}
     add("--metrics", **names, help=f"Dice always, and any of {', '.join(METRICS)}")
@@ -79,7 +79,7 @@ from amaes.distributed import pick_device
 from amaes.evaluation import scores, tables
 from amaes.evaluation.folds import Fold, Run, check_cases, check_classes, open_run, pretraining_options, scored_classes
 from amaes.evaluation.predictions import SPACES, Space, open_predictions, predict_once
-from amaes.files import locked, sha256, write_json, write_text
+from amaes.files import is_disk_full, locked, sha256, write_json, write_text
 from amaes.hardware import use_bf16
 from amaes.inference import MIRROR_AXES
 from amaes.paper.compare import compare_with_paper, comparison_text
@@ -89,7 +89,7 @@ from amaes.preprocess.config import Config
 def main(args: argparse.Namespace) -> int:
     """Evaluate every run alone, then compare the first one with each of the others; the exit status."""
     device = pick_device(args.device)
-    runs = [choose_cases(open_run(path, args.data), args) for path in args.runs]
+    runs = [choose_cases(open_run(path, args.data, args.paper), args) for path in args.runs]
     for run in runs:  # what is missing shows before any work
         check_cases(run.store, run.folds, args.space)
     check_classes(runs)
@@ -230,7 +230,7 @@ def predict_and_measure(
             try:
                 prediction = predict_once(model, store, id, space, reference, meta["patch_size"], **windows)
             except Exception as error:
-                if args.missing == "error":
+                if args.missing == "error" or is_disk_full(error):
                     raise
                 failed[id] = failure_message(error)
                 prediction = np.zeros_like(reference.labels)
@@ -239,6 +239,7 @@ def predict_and_measure(
             classes = measure_case(prediction, reference.labels, num_classes, reference.spacing, **measured)
             cases.append({"id": id, "classes": classes, "warnings": reference.warnings})
         except Exception as error:
+            stop_if_disk_full(error, f"{fold.folder}: {len(cases)} of {len(fold.test)} cases measured")
             failed[id] = failure_message(error)
     return cases, failed
 

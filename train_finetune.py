@@ -45,7 +45,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("folds: train on few cases, test on all others").add_argument
     add("--protocol", choices=list(PROTOCOLS), help="task of the paper: sets the folds, checks the store")
     add("--allow-incomplete", action="store_true", help="with --protocol: fewer cases than its release has")
-    add("--folds", type=cli.positive_int, default=6, help="number of folds")
+    add("--folds", type=cli.folds, default=6, help="number of folds")
     add("--train-cases", type=cli.positive_int, default=20, help="labelled cases a fold trains on")
     add("--split-seed", type=cli.split_seed, default=0, help="of the drawing of folds")
     add("--fold", default="all", metavar="K|all", help="the fold to train, counted from 0")

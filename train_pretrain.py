@@ -33,7 +33,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_objective_options(parser)
     length = parser.add_argument_group("length")
     add = length.add_mutually_exclusive_group().add_argument
-    add("--epochs", type=cli.positive_int, default=100, help="passes over the volumes, one patch of each")
+    add("--epochs", type=cli.epochs, default=100, help="passes over the volumes, one patch of each")
     add("--steps", type=cli.positive_int, help="optimizer steps, instead of --epochs")
     add = length.add_argument
     add("--warmup", type=cli.fraction, default=0.05, help="fraction of the run in which the learning rate rises")
@@ -42,7 +42,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_model_options(parser, arch="unet_xl")
     add = options.add_run_options(parser, out="runs/pretrain", save_every=500)
     explanation = "between pictures of what the network makes of fixed patches (needs matplotlib; default: none)"
-    add("--panels-every", type=cli.positive_int, metavar="EPOCHS", help=explanation)
+    add("--panels-every", type=cli.epochs, metavar="EPOCHS", help=explanation)
     add = parser.add_argument_group("measuring").add_argument
     explanation = "time N steps of each kind, print a table and a verdict; begins no run in --out"
     add("--benchmark", type=cli.positive_int, metavar="N", help=explanation)

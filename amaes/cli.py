@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
+RANK_0_SPEAKS_FIRST = 5  # seconds that other ranks wait before they say what is wrong
 EXIT_OK, EXIT_REJECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 started_as: str | None = None  # such as `amaes pretrain`; `amaes.__main__` sets it before it starts a command
@@ -40,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message}\n")
+        _end_with_error(f"{self.prog}: error: {message}")
 
 
 def run(main: Callable[..., int | None], *arguments: object) -> None:
@@ -56,10 +63,27 @@ def run(main: Callable[..., int | None], *arguments: object) -> None:
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"{program()}: error: {_one_line(error)}", file=sys.stderr)
-        status = EXIT_USER_ERROR
+        _end_with_error(f"{program()}: error: {_one_line(error)}")
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _end_with_error(line: str) -> NoReturn:
+    """Print why the command cannot be done, and exit with status 2; of several ranks of torchrun, the first prints it.
+
+    torchrun ends the other ranks then. One that is still there had an error of its own, and says so. torchrun's last
+    lines, which come below ours, repeat what stands in the file that it names.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if os.environ.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(RANK_0_SPEAKS_FIRST)
+        with suppress(KeyError, OSError):
+            message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
+    print(line, file=sys.stderr)
+    sys.stdout.flush()
+    sys.exit(EXIT_USER_ERROR)
 
 
 def logger(on: bool) -> Callable[[str], None]:
@@ -78,44 +102,61 @@ def _one_line(error: Exception) -> str:
     return as_options(" ".join(str(error).split())) or type(error).__name__
 
 
-def positive_int(text: str) -> int:
-    """argparse type: integer >= 1."""
-    return _number(text, int, lambda value: value >= 1, "an integer >= 1")
+def output_file(text: str) -> Path:
+    """argparse type: a file to write; refused, before any work, where a folder stands there or a file above it."""
+    with suppress(OSError):  # of a folder that may not be looked into; writing says so
+        if Path(text).is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder; expected the name of a file")
+    return output_folder(Path(text).parent) / Path(text).name
 
 
-def non_negative_int(text: str) -> int:
-    """argparse type: integer >= 0."""
-    return _number(text, int, lambda value: value >= 0, "an integer >= 0")
+def output_folder(text: str | Path) -> Path:
+    """argparse type: a folder to write; refused, before any work, where it or one above it is a file."""
+    path = Path(text)
+    with suppress(OSError):
+        there = next((one for one in (path, *path.parents) if one.exists()), None)
+        if there is not None and not there.is_dir():
+            raise argparse.ArgumentTypeError(f"{there} is a file; expected a folder")
+    return path
 
 
-def seed(text: str) -> int:
-    """argparse type: integer from 0 to 2^32 - 1."""
-    return _number(text, int, lambda value: 0 <= value < 2**32, "an integer from 0 to 2^32 - 1")
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """argparse type: integer from `low` to `high`."""
+
+    def convert(text: str) -> int:
+        return _number(text, int, lambda value: low <= value <= high, f"an integer from {low} to {high}")
+
+    return convert
 
 
-def positive_float(text: str) -> float:
-    """argparse type: finite number > 0."""
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number > 0")
+def real(low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """argparse type: finite number from `low` to `high`; larger than `low` where `above`."""
+    limits = f"a number above {low:g}, at most {high:g}" if above else f"a number from {low:g} to {high:g}"
+
+    def convert(text: str) -> float:
+        return _number(text, float, lambda value: low <= value <= high and not (above and value == low), limits)
+
+    return convert
 
 
-def non_negative_float(text: str) -> float:
-    """argparse type: finite number >= 0."""
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number >= 0")
+# argparse types. Every number has a range: what lies beyond is a mistake, which would otherwise be noticed late.
+positive_int = integer(1, 10**9)  # steps, cases, files
+non_negative_int = integer(0, 10**9)
+side = integer(1, 1024)  # voxels, of a patch or a token; no array of a store is longer
+batch = integer(1, 1 << 16)  # patches
+folds = integer(1, 1000)
+epochs = integer(1, 10**6)
+workers = integer(0, 1024)  # processes
+seed = integer(0, 2**32 - 1)
+split_seed = integer(0, 4_000_000)  # the folds' generator takes 1000 times it, in 32 bits
+positive_float = real(0, 1e6, above=True)
+non_negative_float = real(0, 1e6)
+correlation = real(0, 1, above=True)
 
 
 def fraction(text: str) -> float:
     """argparse type: number in [0, 1)."""
     return _number(text, float, lambda value: 0 <= value < 1, "a number in [0, 1)")
-
-
-def correlation(text: str) -> float:
-    """argparse type: number above 0, at most 1."""
-    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
-
-
-def split_seed(text: str) -> int:
-    """argparse type: integer from 0 to 4 million (the folds' generator takes 1000 times it, 32 bits)."""
-    return _number(text, int, lambda value: 0 <= value <= 4_000_000, "an integer from 0 to 4000000")
 
 
 def _number(text: str, kind: type, accepted: Callable, what: str):
@@ -124,5 +165,5 @@ def _number(text: str, kind: type, accepted: Callable, what: str):
     except ValueError:
         value = None
     if value is None or not accepted(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not {what}")
     return value

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from amaes.__main__ import COMMANDS, find_script, is_installed
 from amaes.choices import DEVICES
-from amaes.cli import Parser, non_negative_int, positive_int, run
+from amaes.cli import Parser, folds, positive_int, run, seed
 
 TAIL = 20  # lines of a failed step that are shown
 
@@ -33,8 +33,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=DEVICES, default="auto", help="auto: CUDA where there is a GPU")
     add("--pretrain-steps", type=positive_int, default=160, metavar="N", help="optimizer steps of pretraining")
     add("--finetune-steps", type=positive_int, default=300, metavar="N", help="optimizer steps of each fine-tuning")
-    add("--folds", type=positive_int, default=2, metavar="N", help="fine-tunings of each kind")
-    add("--seed", type=non_negative_int, default=0, help="of heads, weights, order, crops and masks")
+    add("--folds", type=folds, default=2, metavar="N", help="fine-tunings of each kind")
+    add("--seed", type=seed, default=0, help="of heads, weights, order, crops and masks")
     return parser.parse_args(argv)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +18,8 @@ from typing import BinaryIO
 def written_whole(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
     """A binary file that takes its name only once written: nothing half-written is ever seen under `path`.
 
+    What is no regular file (/dev/null, a pipe, the terminal) is not replaced: it gets the whole content at the end.
+
     Args:
         path: final name; its folder is made.
         sync: also survive a power failure (fsync).
@@ -23,8 +28,14 @@ def written_whole(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
         OSError: the disk is full, say; nothing was written under `path`, and what stood there is untouched.
     """
     path = Path(path)
+    in_place = _is_written_in_place(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if in_place:
+            content = io.BytesIO()
+            yield content
+            _write_in_place(path, content.getbuffer())
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:  # a file of its own: what a link there points to is left alone
@@ -34,14 +45,44 @@ def written_whole(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
+        if not in_place:
+            with suppress(OSError):
+                temporary.unlink()
         cause = _cause(error)
         if cause is None:
             raise
-        explained = OSError(f"{path}: could not be written ({cause.strerror}); what was there before is untouched")
+        untouched = "" if in_place else "; what was there before is untouched"
+        explained = OSError(f"{path}: could not be written ({cause.strerror or cause}){untouched}")
         explained.errno = cause.errno
         raise explained from error
+
+
+def _is_written_in_place(path: Path) -> bool:
+    """Whether `path` is a device, a pipe, a folder, or a name of what this process has open (/dev/stdout)."""
+    with suppress(OSError):  # of a folder that may not be looked into; writing says so
+        return _open_descriptor(path) is not None or (path.exists() and not path.is_file())
+    return False
+
+
+def _open_descriptor(path: Path) -> int | None:
+    """The number of the open file that /dev/stdout, /dev/stderr or /dev/fd/N stands for."""
+    name = str(path.absolute())
+    if name in ("/dev/stdout", "/dev/stderr"):
+        return 1 if name == "/dev/stdout" else 2
+    match = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def _write_in_place(path: Path, content: memoryview) -> None:
+    """Write onto what is there; of an open file at its position, so that later lines come after it."""
+    descriptor = _open_descriptor(path)
+    with path.open("wb") if descriptor is None else os.fdopen(os.dup(descriptor), "wb") as file:
+        file.write(content)  # a pipe waits for its reader
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """The error says that no space is left, on the disk or of a quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager

@@ -11,19 +11,25 @@ import argparse
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amaes import cli
-from amaes.evaluation.command_line import add_inference_options, failure_message
+from amaes.evaluation.command_line import add_inference_options, failure_message, stop_if_disk_full
 from amaes.preprocess.collection import Collection, Item
-from amaes.preprocess.file_names import channel_prefix, stem_of
+from amaes.preprocess.file_names import channel_prefix, shorten, stem_of
 from amaes.preprocess.find_cases import NoSuchChannels, collect
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
+
+SEGMENTATION = re.compile(
+    r"[_-](d?seg|segmentation|labels?|mask|gt)$", re.IGNORECASE
+)  # what such a file's name ends in
 
 
 def predict_file(
@@ -138,13 +144,40 @@ def cases_to_predict(images: Sequence[Path], channels: Sequence[str], missing_ch
 def _in_folder(folder: Path, channels: Sequence[str], missing_channel: str) -> Collection:
     options = {"missing_channel": missing_channel, "network_channels": len(channels)}
     try:
-        return collect(folder, channels=channels, **options)
+        return _set_aside(collect(folder, channels=channels, **options))
     except NoSuchChannels as error:  # numbered, 4-D, or of a single channel
         collection = collect(folder, **options)
         if len(collection.channels) != len(channels):
             raise ValueError(f"{_channel_mismatch(channels, len(collection.channels))}; {error}") from error
     channel_order(collection.channels, channels)
-    return collection
+    return _set_aside(collection)
+
+
+def _set_aside(collection: Collection) -> Collection:
+    """The collection without segmentations and other files that lie beside the scans of its cases; a note names them.
+
+    Where channels are told by names, these are the other files of a complete case: a_seg, a_T2 beside a_T1 and a_FLAIR.
+    Where a file is a case, they are those called after a segmentation, unless all are.
+    """
+    starts = defaultdict(set)  # folder to the beginnings of its scans' names
+    for item in collection.items:
+        for path in item.images if item.problem is None else ():
+            if path is not None and (named := channel_prefix(path, collection.channels)):
+                starts[path.parent].add(named[1])
+    items = [item for item in collection.items if not _is_segmentation(item)]
+    aside = [item.images[0] for item in collection.items if _is_segmentation(item)] if items else []
+    unused = []
+    for path in collection.unused:
+        known = starts[path.parent]
+        beside = "" in known or stem_of(path.name).startswith(tuple(start + cut for start in known for cut in "_-"))
+        (aside if beside else unused).append(path)
+    note = [f"{len(aside)} files beside the scans are not used: {shorten(sorted(aside))}"] if aside else []
+    return replace(collection, items=items or collection.items, unused=unused, notes=[*collection.notes, *note])
+
+
+def _is_segmentation(item: Item) -> bool:
+    """Whether the one file of a case is called after a segmentation."""
+    return len(item.images) == 1 and bool(SEGMENTATION.search(stem_of(item.images[0].name)))
 
 
 def _of_files(images: Sequence[Path], channels: Sequence[str]) -> Item:
@@ -196,7 +229,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=cli.output_folder,
         required=True,
         metavar="DIR",
         help="folder for <case>.nii.gz on the grid of the input; a file of that name is replaced, in one step",
@@ -248,6 +281,7 @@ def main(args: argparse.Namespace) -> int:
         except Exception as error:  # whatever one case does, the others go on
             if sys.flags.dev_mode:
                 raise
+            stop_if_disk_full(error, f"{args.out}: {done} of {len(collection.items)} cases predicted")
             failed[item.id] = failure_message(error)
             continue
         done += 1
@@ -275,8 +309,8 @@ def _report_failures(collection: Collection, failed: Mapping[str, str], done: in
     """List what was not predicted; the exit status. A ValueError where nothing was."""
     total = len(collection.items)
     if not done:
-        unused = set(map(str, collection.unused))
-        name, message = next((name, message) for name, message in failed.items() if name not in unused)
+        name = next(item.id for item in collection.items if item.id in failed)
+        message = failed[name]
         raise ValueError(message if total == 1 else f"none of {total} cases; the first, {name}: {message}")
     for name, message in failed.items():
         sys.stderr.write(f"not predicted: {name}: {message}\n")

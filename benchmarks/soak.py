@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--kills", type=cli.positive_int, default=30, help="kills in all")
     parser.add_argument("--killed-steps", type=cli.positive_int, default=300, help="optimizer steps of a killed run")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the moments of the kills")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the result there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = make_demo_data(Path(folder) / "demo")

@@ -1,11 +1,15 @@
 """The command `amaes`: starts what its first word names, and says so in usage and errors."""
 
+import argparse
 import re
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from amaes import __main__ as command_line
 from amaes import __version__, cli
@@ -74,6 +78,52 @@ def test_the_program_is_named_as_it_was_started(monkeypatch):
     assert cli.program() == "python -m amaes.predict"
     monkeypatch.setattr(cli, "started_as", "amaes predict")
     assert cli.program() == "amaes predict"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_reason_is_the_last_that_torchrun_prints(monkeypatch, capsys, tmp_path, rank):
+    for name, value in (("RUN_ID", "none"), ("ERROR_FILE", str(tmp_path / "error.json"))):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("RANK", rank)
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def main():
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as training does
+        raise ValueError("`steps` 0:\naccepted: at least 1")
+
+    try:
+        for start in (
+            lambda: cli.run(main),
+            lambda: cli.Parser(prog=cli.program()).error("--steps 0: accepted: at least 1"),
+        ):
+            with pytest.raises(SystemExit) as stop:
+                start()
+            assert stop.value.code == 2
+            line = f"{cli.program()}: error: --steps 0: accepted: at least 1"
+            assert capsys.readouterr().err == f"{line}\n"
+            failure = ProcessFailure(int(rank), 1, 2, str(tmp_path / "error.json"))
+            assert line in ChildFailedError("x", {0: failure}).format_msg().splitlines()[-2]
+        assert len(waited) == (0 if rank == "0" else 2)  # the first rank speaks, and torchrun ends the others
+        assert (signal.getsignal(signal.SIGTERM) is signal.SIG_DFL) == (rank == "1")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    accepted = [(cli.output_file, name) for name in ("file", "new", "folder/new", "new/new")]
+    accepted += [(cli.output_folder, name) for name in ("folder", "new", "folder/new/new")]
+    refused = [(cli.output_file, name) for name in ("folder", "file/new", "file/new/new")]
+    refused += [(cli.output_folder, name) for name in ("file", "file/new")]
+    for kind, name in accepted:
+        assert kind(str(tmp_path / name)) == tmp_path / name
+    for kind, name in refused:
+        with pytest.raises(argparse.ArgumentTypeError, match="is a (file|folder); expected"):
+            kind(str(tmp_path / name))
+    assert cli.output_file("x" * 9999) == Path("x" * 9999)  # writing says what is wrong
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from amaes import checkpoint, predict
 from amaes.models import build_autoencoder, build_segmenter
 from amaes.predict import cases_to_predict, channel_order, predict_file
 from amaes.preprocess.config import Config
+from amaes.preprocess.file_names import stem_of
 from amaes.preprocess.nifti import to_stored_axes, write_like
 from tests.conftest import AFFINE, make_volume
 
@@ -320,14 +321,53 @@ def test_one_channel_takes_every_name(nifti_file, tmp_path):
     assert [item.id for item in cases_to_predict([tmp_path / "s"], ["T1"]).items] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("channels", "names", "cases", "unused"),
+    [
+        (["T1", "FLAIR"], ["a_T1", "a_FLAIR", "a_seg", "a_T2"], ["s/a"], []),
+        (["T1", "FLAIR"], ["p/T1", "p/FLAIR", "p/lesions"], ["p"], []),
+        (["T1", "FLAIR"], ["a-T1", "a-FLAIR", "b-T1", "b-FLAIR_1"], ["a", "b"], ["b-FLAIR_1"]),  # b has none
+        (["T1", "FLAIR"], ["a_T1", "a_FLAIR", "other"], ["a"], ["other"]),
+        (["T1"], ["a_T1", "a_seg", "b_T1", "b-seg"], ["a_T1", "b_T1"], []),
+        (["image"], ["a", "a-seg", "b_label"], ["a"], []),
+        (["image"], ["a_seg", "b_seg"], ["a_seg", "b_seg"], []),  # all are: the name says nothing
+        (["image"], ["a", "unseg", "segment"], ["a", "segment", "unseg"], []),
+    ],
+)
+def test_what_lies_beside_the_scans_is_no_case(nifti_file, tmp_path, channels, names, cases, unused):
+    for name in names:
+        nifti_file(f"s/{name}.nii.gz")
+    found = cases_to_predict([tmp_path / "s"], channels)
+    assert [item.id for item in found.items] == [case.removeprefix("s/") for case in cases]
+    assert [stem_of(path.name) for path in found.unused] == unused
+    used = [file for item in found.items for file in item.files]
+    aside = len(names) - len(used) - len(unused)
+    assert found.notes == [] if not aside else f"{aside} files beside the scans are not used: " in found.notes[-1]
+
+
 def test_files_that_no_channel_takes_are_listed(two_channels, nifti_file, tmp_path, capsys):
     for name in ("a_T1", "a_FLAIR", "a_mask"):
         nifti_file(f"s/{name}.nii.gz", make_volume(SCAN))
-    options = ["--weights", two_channels, "--out", tmp_path / "out"]
-    status, out, err = run(capsys, *options, "--images", tmp_path / "s")
+    options = ["--weights", two_channels, "--out", tmp_path / "out", "--images", tmp_path / "s"]
+    status, out, err = run(capsys, *options)
+    assert (status, len(out.splitlines())) == (0, 1)
+    assert err == "note: 1 files beside the scans are not used: a_mask.nii.gz\n"
+    nifti_file("s/b_T2.nii.gz", make_volume(SCAN))
+    status, out, err = run(capsys, *options)
     assert (status, len(out.splitlines())) == (1, 1)
-    assert f"not predicted: {tmp_path / 's' / 'a_mask.nii.gz'}: not used" in err
+    assert f"not predicted: {tmp_path / 's' / 'b_T2.nii.gz'}: not used" in err
     assert "1 of 1 cases predicted" in err
+
+
+def test_a_full_disk_ends_the_run_at_its_first_case(weights, nifti_file, tmp_path, capsys):
+    for name in "abc":
+        nifti_file(f"s/{name}.nii.gz", make_volume(SCAN))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.nii.gz").symlink_to("/dev/full")
+    status, out, err = run(capsys, "--weights", weights, "--images", tmp_path / "s", "--out", tmp_path / "out")
+    assert (status, len(out.splitlines()), len(err.splitlines())) == (2, 1, 1)
+    assert f"{tmp_path / 'out'}: 1 of 3 cases predicted; the disk is full; what was written is whole" in err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.nii.gz"]
 
 
 def test_what_lies_one_folder_up_is_not_declared(nifti_file, tmp_path):
@@ -433,7 +473,9 @@ def test_pickle_is_refused_and_not_run(nifti_file, tmp_path, capsys):
         assert not trace.exists()
 
 
-@pytest.mark.parametrize("what", ["no weights", "no image", "input is output", "two folders", "same names"])
+@pytest.mark.parametrize(
+    "what", ["no weights", "no image", "input is output", "two folders", "same names", "output is a file"]
+)
 def test_user_errors_are_one_line(what, weights, nifti_file, tmp_path, capsys):
     scan = nifti_file("scans/p1.nii.gz", make_volume(SCAN))
     other = nifti_file("more/p1.nii.gz", make_volume(SCAN))
@@ -444,6 +486,7 @@ def test_user_errors_are_one_line(what, weights, nifti_file, tmp_path, capsys):
         "input is output": {"--out": [scan.parent]},
         "two folders": {"--images": [scan.parent, other.parent]},
         "same names": {"--images": [scan, other]},
+        "output is a file": {"--out": [weights / "more"]},
     }[what]
     status, _, err = run(capsys, *itertools.chain.from_iterable([key, *values] for key, values in options.items()))
     assert status == 2

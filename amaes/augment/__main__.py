@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from amaes.cli import Parser, fraction, non_negative_int, positive_int, run
+from amaes.cli import Parser, fraction, run, seed, side
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -18,13 +18,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Draw what the augmentation does to one scan.")
     parser.add_argument("image", type=Path, metavar="IMAGE", help="scan, .nii or .nii.gz")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the PNG files go")
-    parser.add_argument(
-        "--patch-size", type=positive_int, nargs=3, default=[128] * 3, metavar="N", help="voxels (1 mm)"
-    )
+    parser.add_argument("--patch-size", type=side, nargs=3, default=[128] * 3, metavar="N", help="voxels (1 mm)")
     parser.add_argument("--order", type=int, choices=(1, 3), default=1, help="interpolation: 1 trilinear, 3 cubic")
-    parser.add_argument("--token-size", type=positive_int, default=4, help="side of a hidden cube, voxels")
+    parser.add_argument("--token-size", type=side, default=4, help="side of a hidden cube, voxels")
     parser.add_argument("--mask-ratio", type=fraction, default=0.6, help="fraction of cubes hidden")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the ten draws and their masks")
+    parser.add_argument("--seed", type=seed, default=0, help="of the ten draws and their masks")
     args = parser.parse_args(argv)
     if any(side % args.token_size for side in args.patch_size):
         sides = " ".join(map(str, args.patch_size))

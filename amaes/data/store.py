@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from amaes.files import read_json
-from amaes.preprocess.config import STORE_FORMAT
+from amaes.preprocess.config import STORE_FORMAT, Config
+from amaes.preprocess.file_names import fault_of_id
 
 
 @dataclass(frozen=True, slots=True)  # slots: a store may have 50,000 of them
@@ -126,14 +127,11 @@ def _case(entry: dict) -> Case:
         session=entry.get("session"),
         sequence=entry.get("sequence"),
     )
-    names = (case.id, case.subject, case.session or "", case.sequence or "")
-    if not case.id or not all(isinstance(name, str) and name.isprintable() for name in names):
-        raise ValueError(
-            f"case {case.id!r:.80}: expected id, subject, session and sequence as text, found {names!r:.160}"
-        )
-    # A drive ("C:...") is a way out on Windows.
-    if case.id.startswith("/") or "\\" in case.id or case.id[1:2] == ":" or ".." in PurePosixPath(case.id).parts:
-        raise ValueError(f"the id {case.id!r} leads out of the store")
+    if fault := fault_of_id(case.id):
+        raise ValueError(f"case {case.id!r:.80}: {fault}")
+    names = (case.subject, case.session or "", case.sequence or "")
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise ValueError(f"case {case.id!r:.80}: expected subject, session and sequence as text, found {names!r:.160}")
     if len(case.shape) != 3 or not all(type(side) is int and side > 0 for side in case.shape):
         raise ValueError(f"case {case.id!r}: shape {case.shape!r:.80}, expected three positive integers")
     return case
@@ -152,6 +150,7 @@ def _check(channels: list[str], labels: dict[int, str], config: dict) -> None:
     missing = [name for name in ("spacing", "normalization") if name not in config]
     if missing:
         raise ValueError(f"its config has no {missing[0]!r}")
+    Config.from_dict(config)
 
 
 def _open(path: Path, shape: tuple[int, ...], kind: type) -> np.ndarray:

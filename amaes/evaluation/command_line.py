@@ -6,6 +6,7 @@ import argparse
 
 from amaes import cli
 from amaes.choices import DEVICES, PRECISIONS
+from amaes.files import is_disk_full
 
 
 def add_inference_options(parser: argparse._ActionsContainer) -> None:
@@ -16,7 +17,7 @@ def add_inference_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--overlap", type=cli.fraction, default=0.5, help="share of a window that neighbours overlap")
     parser.add_argument(
         "--batch-size",
-        type=cli.positive_int,
+        type=cli.batch,
         help="windows per call of the network (default: 1 to 8, by patch size and device)",
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: CUDA where there is a GPU")
@@ -32,3 +33,10 @@ def failure_message(error: Exception) -> str:
     """
     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
     return kind + cli.as_options(" ".join(str(error).split()))
+
+
+def stop_if_disk_full(error: Exception, state: str) -> None:
+    """On a full disk no later case can do better: raise an OSError that says `state` and what to do."""
+    if is_disk_full(error):
+        text = "the disk is full; what was written is whole, free some space and run the same command again"
+        raise OSError(f"{state}; {text}") from error

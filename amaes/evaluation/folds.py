@@ -56,20 +56,44 @@ class Run:
     groups: dict[str, list[str]]
 
 
-def read_options(run: Path) -> dict:
+def read_options(run: Path, for_paper: bool = False) -> dict:
     """The options that a run was trained with.
 
+    Args:
+        run: its folder.
+        for_paper: those that the comparison with the paper reads must be there, too.
+
     Raises:
-        FileNotFoundError, ValueError: not a run of train_finetune.py.
+        FileNotFoundError, ValueError: not a run of train_finetune.py, or its config.json is damaged.
     """
     path = run / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run}: not a run of train_finetune.py (no config.json there)")
     content = read_json(path)
     options = content.get("options") if isinstance(content, dict) else None
-    if not isinstance(options, dict) or not {"steps", "data"} <= options.keys():
+    if not isinstance(options, dict):
         raise ValueError(f"{path}: not that of a run of train_finetune.py")
+    if missing := [name for name in ("steps", "data") if name not in options]:
+        raise ValueError(f"{path}: not that of a run of train_finetune.py, its options have no {missing[0]!r}")
+    if missing := [name for name in OF_PAPER if for_paper and name not in options]:
+        raise ValueError(f"{path}: its options have no {missing[0]!r}, which the comparison with the paper needs")
+    for name, (is_right, expected) in READ_OPTIONS.items():
+        if name in options and not is_right(options[name]):
+            raise ValueError(f"{path}: its option {name!r} is {options[name]!r:.80}, expected {expected}")
     return options
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+READ_OPTIONS = {  # of config.json that evaluation reads: whether a value is right, and which are
+    "steps": (lambda value: type(value) is int and value >= 1, "a number >= 1"),
+    "protocol": (lambda value: value is None or _is_text(value), "the name of a protocol, or null"),
+    **dict.fromkeys(("data", "weights", "arch", "decoder", "preset"), (_is_text, "a text")),
+}
+OF_PAPER = ("weights", "arch", "decoder")
+OF_PRETRAINING = ("decoder", "skips", "augment", "objective", "preset")  # names and switches
 
 
 def find_folds(run: Path) -> tuple[list[Fold], list[str]]:
@@ -87,7 +111,7 @@ def find_folds(run: Path) -> tuple[list[Fold], list[str]]:
         if step == steps and not is_sound(saved[0]):
             unfinished.append(f"{folder}: {saved[0].name} is damaged, left out; the same training command remakes it")
         elif step == steps:
-            split = read_json(folder / "config.json")
+            split = read_split(folder / "config.json")
             folds.append(Fold(number, folder, saved[0], train=split["train"], test=split["test"]))
         else:
             unfinished.append(f"{folder}: at step {step} of {steps}, left out")
@@ -95,6 +119,25 @@ def find_folds(run: Path) -> tuple[list[Fold], list[str]]:
         state = "; ".join(unfinished) or "no folder fold<k> there"
         raise ValueError(f"{run}: no finished fold ({state}); train_finetune.py makes them")
     return folds, unfinished
+
+
+def read_split(path: Path) -> dict[str, list[str]]:
+    """The ids of a fold's cases, {"train": [...], "test": [...]}, from its config.json.
+
+    Raises:
+        FileNotFoundError, ValueError: not there or damaged, no test cases, an id twice, or a test case that was trained
+            on.
+    """
+    content = read_json(path)
+    split = {part: content.get(part) if isinstance(content, dict) else None for part in ("train", "test")}
+    for part, ids in split.items():
+        if not isinstance(ids, list) or not ids or not all(isinstance(id, str) for id in ids):
+            raise ValueError(f"{path}: {part!r} is {ids!r:.80}, expected a list of the ids of its cases")
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{path}: {part!r} has {max(ids, key=ids.count)!r} twice")
+    if both := sorted(set(split["train"]) & set(split["test"])):
+        raise ValueError(f"{path}: {len(both)} test cases were trained on, such as {both[0]!r}")
+    return split
 
 
 def is_sound(path: Path) -> bool:
@@ -106,18 +149,19 @@ def is_sound(path: Path) -> bool:
         return False
 
 
-def open_run(path: Path, data: Path | None = None) -> Run:
+def open_run(path: Path, data: Path | None = None, for_paper: bool = False) -> Run:
     """A run, its finished folds, and the store of their test cases.
 
     Args:
         path: the folder of the run.
         data: the store; None: the one that the run was trained on.
+        for_paper: of `read_options`.
 
     Raises:
         FileNotFoundError, ValueError: not a run, no fold is finished, or no store there.
     """
     folds, unfinished = find_folds(path)
-    options = read_options(path)
+    options = read_options(path, for_paper)
     if data is None:
         data = Path(options["data"])
         if not data.is_absolute() and not data.exists():
@@ -140,7 +184,10 @@ def pretraining_options(options: dict) -> dict | None:
     if options["weights"] == "scratch" or not path.is_file():
         return None
     provenance = checkpoint.read(path).get("provenance")
-    return provenance.get("options") if isinstance(provenance, dict) else None
+    made_with = provenance.get("options") if isinstance(provenance, dict) else None
+    if not isinstance(made_with, dict) or any(isinstance(made_with.get(name), list | dict) for name in OF_PRETRAINING):
+        return None
+    return made_with
 
 
 def scored_classes(store: Store, num_classes: int) -> dict[str, tuple[int]]:

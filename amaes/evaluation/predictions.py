@@ -5,7 +5,6 @@ A prediction that is there is used again as long as the checkpoint, the settings
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 
 from amaes.data.store import Store
 from amaes.evaluation.folds import Fold
-from amaes.files import write_json, written_whole
+from amaes.files import read_json, write_json, written_whole
 from amaes.inference import argmax_labels, restore_labels, sliding_window, undo_label_map
 from amaes.preprocess.config import Config
 from amaes.preprocess.nifti import Header, write_like
@@ -47,6 +46,9 @@ class Reference:
 class NativeSpace:
     """Predictions are NIfTI files on the grid of the scans; references are the label files as they are.
 
+    Where preprocessing took labels of another grid than the scan's (`on_geometry_mismatch` resample), the prediction is
+    resampled onto the label's, so that the label stays as it was drawn; the case gets a warning.
+
     Args:
         store: of the cases.
         folder: of the predictions.
@@ -55,7 +57,7 @@ class NativeSpace:
 
     def __init__(self, store: Store, folder: Path, ignored_label: int | None = None) -> None:
         self._store, self._folder, self._ignored_label = store, folder, ignored_label
-        self._config = replace(Config.from_dict(store.config), on_geometry_mismatch="reject")
+        self._config = Config.from_dict(store.config)
 
     def path(self, id: str) -> Path:
         """The file of a prediction."""
@@ -81,7 +83,7 @@ class NativeSpace:
         return Reference(labels, header.ras_spacing, warnings, header, ignored)
 
     def prediction(self, id: str, reference: Reference) -> np.ndarray:
-        """Class numbers (X, Y, Z) in RAS; RejectedInput where the grid is not that of the label file."""
+        """Class numbers (X, Y, Z) in RAS on the label's grid; RejectedInput where that is another and stays so."""
         return read_label(self.path(id), reference.header, self._config, reference.warnings)[0]
 
 
@@ -115,8 +117,11 @@ class StoreSpace:
         return Reference(np.asarray(self._store.label(id)), spacing, [])
 
     def prediction(self, id: str, reference: Reference) -> np.ndarray:
-        """Class numbers, (X, Y, Z)."""
-        return np.load(self.path(id), allow_pickle=False)
+        """Class numbers, (X, Y, Z); ValueError where the file holds something else."""
+        labels = np.load(self.path(id), allow_pickle=False)
+        if labels.shape != reference.labels.shape or labels.dtype.kind not in "iu":
+            raise ValueError(f"{self.path(id)}: not the class numbers of {reference.labels.shape} voxels")
+        return labels
 
 
 Space = NativeSpace | StoreSpace
@@ -137,18 +142,24 @@ def open_predictions(fold: Fold, store: Store, made_by: Mapping) -> Path:
     folder = fold.folder / f"{name}{fold.suffix}"
     record = folder / "made_by.json"
     versions = _array_versions(store, fold.test)
-    try:
-        before = json.loads(record.read_text())
-        known = before.pop("cases")
-        current = {id for id, version in versions.items() if known.get(id) == version} if before == made_by else set()
-    except (OSError, ValueError, KeyError, AttributeError):
-        current = set()
+    known = _known_versions(record, made_by)
+    current = {id for id, version in versions.items() if known.get(id) == version}
     for old in [*folder.rglob("*.nii.gz"), *folder.rglob("*.npy")]:
         if old.relative_to(folder).as_posix().removesuffix(".npy").removesuffix(".nii.gz") not in current:
             old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, {**made_by, "cases": versions})
     return folder
+
+
+def _known_versions(record: Path, made_by: Mapping) -> dict:
+    """The versions of the arrays that predictions were made from; none where they were made by something else."""
+    try:
+        before = read_json(record)
+    except (OSError, ValueError):  # the first time, or damaged
+        return {}
+    cases = before.get("cases") if isinstance(before, dict) else None
+    return cases if isinstance(cases, dict) and before == {**made_by, "cases": cases} else {}
 
 
 def _array_versions(store: Store, ids: Sequence[str]) -> dict[str, list]:
@@ -179,7 +190,7 @@ def predict_once(
     if space.path(id).is_file():
         try:
             return space.prediction(id, reference)
-        except (OSError, ValueError, EOFError) as error:  # damaged: made again, once
+        except Exception as error:  # a damaged file can raise anything: made again, once
             if getattr(error, "code", "") == "label_geometry":  # not damaged, but the label is on another grid
                 raise
             space.path(id).unlink()

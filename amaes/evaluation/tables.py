@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from amaes.evaluation.scores import MICRO, NAN
@@ -53,7 +54,7 @@ def run_tables(title: str, summary: Mapping, names: Mapping[str, str], note: str
         "a case counted together. sd: over folds, n - 1. n_empty: neither map has the class. A missed class has Dice 0 "
         "and, as distance, the diagonal of the image."
     )
-    return f"## Dice of {title}\n\n{note}\n\n{dice}\n\n{markdown_table(heads, every)}\n\n{legend}\n"
+    return f"## Dice of {markdown_text(title)}\n\n{note}\n\n{dice}\n\n{markdown_table(heads, every)}\n\n{legend}\n"
 
 
 def settings_note(summary: Mapping) -> str:
@@ -108,8 +109,9 @@ def comparison_tables(first: Mapping, second: Mapping, rows: Mapping[str, Mappin
         for name, row in rows.items()
     ]
     heads = ["class", "cases", "left out", *titles, "difference", "p"]
+    of, against = markdown_text(titles[1]), markdown_text(titles[0])
     return (
-        f"## Dice % of {titles[1]} against {titles[0]}\n\n{markdown_table(['fold', *titles, 'difference'], folds)}\n\n"
+        f"## Dice % of {of} against {against}\n\n{markdown_table(['fold', *titles, 'difference'], folds)}\n\n"
         "Paired over the cases that both tested; p: two-sided Wilcoxon signed-rank test.\n\n"
         f"{markdown_table(heads, paired)}\n"
     )
@@ -138,4 +140,11 @@ def mean_sd_text(row: Mapping, scale: float) -> str:
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence]) -> str:
     """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(markdown_text(cell).replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def markdown_text(value: object) -> str:
+    """A name of the user's (a class, a run) as text of one line that shows as it is, also with HTML or a link in it."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(value))
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"(?=[\\`\[\]])", r"\\", text)

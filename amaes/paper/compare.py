@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from amaes.cli import as_options
-from amaes.evaluation.tables import markdown_table, mean_sd_text
+from amaes.evaluation.tables import markdown_table, markdown_text, mean_sd_text
 from amaes.paper.numbers import (
     ABLATIONS,
     EVALUATION,
@@ -43,7 +43,7 @@ def compare_with_paper(
         number is no target or has no sd. Texts name options in backquotes.
     """
     task = evaluation or options.get("protocol")
-    if task is None:
+    if task not in (*EVALUATIONS, *PROTOCOLS):
         return {"task": None, "rows": [], "obstacles": [NO_PROTOCOL], "notes": []}
     pretrained = options["weights"] != "scratch"
     published = _published_rows(options, task, pretraining)
@@ -174,7 +174,7 @@ def comparison_text(name: str, summary: Mapping, compared: Mapping) -> str:
         summary: of the run.
         compared: by `compare_with_paper`.
     """
-    parts = [f"## {name} and the paper"]
+    parts = [f"## {markdown_text(name)} and the paper"]
     if compared["rows"]:
         rows = [
             [

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amaes.cli import EXIT_OK, Parser, as_options, non_negative_int, positive_float, positive_int, run
-from amaes.preprocess.config import CHOICES, Config
+from amaes.cli import EXIT_OK, Parser, as_options, integer, real, run, workers
+from amaes.preprocess.config import CHOICES, MIN_AXIS, SPACING, Config
 from amaes.preprocess.file_names import SEQUENCES
 from amaes.preprocess.source_tables import CORPUS_FILTER, SOURCES, source_name
 
@@ -38,7 +38,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     _add_fault_options(parser.add_argument_group("doubtful input"))
     parser.add_argument(
         "--workers",
-        type=non_negative_int,
+        type=workers,
         default=available_cores(),
         help="number of worker processes, each of which uses one core; 0: none, work in this process",
     )
@@ -156,7 +156,7 @@ def _add_preprocessing_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--spacing",
         nargs=3,
-        type=positive_float,
+        type=real(*SPACING),
         default=[1.0, 1.0, 1.0],
         metavar=("X", "Y", "Z"),
         help="voxel size, mm",
@@ -192,11 +192,17 @@ def _add_fault_options(group: argparse._ArgumentGroup) -> None:
         default="reject",
         help="a channel or label on another grid than the first channel is rejected, or resampled onto that grid",
     )
+    group.add_argument(
+        "--nan-background",
+        choices=CHOICES["nan_background"],
+        default="reject",
+        help="a file with many NaN voxels is rejected, or every NaN is taken as 0, as statistics packages mean it",
+    )
     group.add_argument("--strict-orientation", action="store_true", help="reject files with sform and qform code 0")
     group.add_argument(
         "--assume-ras", action="store_true", help="take the stored axes as RAS where the affine is singular"
     )
-    group.add_argument("--min-axis", type=positive_int, default=3, help="fewest voxels per stored axis")
+    group.add_argument("--min-axis", type=integer(*MIN_AXIS), default=3, help="fewest voxels per stored axis")
     group.add_argument("--fail-fast", action="store_true", help="stop at the first rejected or failed input")
     group.add_argument("--allow-rejects", action="store_true", help="exit with status 0 although inputs were rejected")
 
@@ -208,8 +214,8 @@ def _label_mapping(text: str) -> tuple[int, int]:
         pair = int(old), int(new)
     except ValueError:
         separator = ""
-    if not separator or not 0 <= pair[1] <= 255:
-        raise argparse.ArgumentTypeError(f"{text!r} is not OLD:NEW, two whole numbers, the new one in 0..255")
+    if not separator or abs(pair[0]) >= 1 << 32 or not 0 <= pair[1] <= 255:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not OLD:NEW, two whole numbers, the new one in 0..255")
     return pair
 
 
@@ -226,9 +232,9 @@ def _source(text: str) -> tuple[str, Path]:
 
 def _shard(text: str) -> tuple[int, int]:
     """argparse type: I/N."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if match is None or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, two whole numbers, I in 0..N-1")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not I/N, two whole numbers below a million, I in 0..N-1")
     return int(match[1]), int(match[2])
 
 

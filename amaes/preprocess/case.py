@@ -15,7 +15,7 @@ import numpy as np
 
 from amaes.preprocess import normalize, resample
 from amaes.preprocess.config import FORMAT, Config
-from amaes.preprocess.nifti import Header, RejectedInput
+from amaes.preprocess.nifti_header import Header, RejectedInput
 from amaes.preprocess.read_case import Channel, check_corpus, read_channels, read_label
 
 MAX_SIDE, MAX_VOXELS = 1024, 512**3  # voxels after resampling

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 FORMAT = "amaes-preproc-1"  # of the properties of a case; a new one where the same settings give other arrays
@@ -17,8 +17,12 @@ CHOICES = {
     "label_resampling": ("nearest", "onehot_linear"),
     "missing_channel": ("error", "zeros"),
     "on_geometry_mismatch": ("reject", "resample"),
+    "nan_background": ("reject", "zero"),
     "dtype": ("float32", "float16"),
 }
+SPACING = (0.01, 100.0)  # mm, of the arrays
+MIN_AXIS = (1, 4096)  # voxels
+ADDED = {"nan_background": "reject"}  # settings that came later, and the value at which the arrays are as before
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Config:
         label_resampling: "nearest" or "onehot_linear".
         missing_channel: "error" rejects a case that lacks a channel; "zeros" fills the channel with zeros.
         on_geometry_mismatch: "reject", or "resample" channels and label onto the grid of the first channel.
+        nan_background: "reject" a file with many NaN voxels, or take every NaN as "zero".
         background_to_min: in an image with negative values, set the most frequent value to the minimum.
         strict_orientation: refuse files whose sform and qform codes are both 0.
         assume_ras: take the stored axes as RAS where the affine is singular.
@@ -50,6 +55,7 @@ class Config:
     label_resampling: str = "nearest"
     missing_channel: str = "error"
     on_geometry_mismatch: str = "reject"
+    nan_background: str = "reject"
     background_to_min: bool = False
     strict_orientation: bool = False
     assume_ras: bool = False
@@ -61,13 +67,19 @@ class Config:
     def __post_init__(self) -> None:
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(accepted)}")
-        if len(self.spacing) != 3 or not all(0 < value < math.inf for value in self.spacing):
-            raise ValueError(f"spacing must be three lengths in mm above 0, found {self.spacing}")
-        if self.min_axis < 1:
-            raise ValueError(f"min_axis must be at least 1, found {self.min_axis}")
-        if not all(0 <= value <= 255 for value in self.label_map.values()):
-            raise ValueError(f"label_map must lead to values in 0..255, found {self.label_map}")
+                raise ValueError(f"`{name}` {getattr(self, name)!r:.80} is unknown; choose from {', '.join(accepted)}")
+        for item in dataclasses.fields(self):
+            if item.type == "bool" and not isinstance(getattr(self, item.name), bool):
+                raise ValueError(f"`{item.name}` must be true or false, found {getattr(self, item.name)!r:.80}")
+        low, high = SPACING
+        if len(self.spacing) != 3 or not all(_is_number(value) and low <= value <= high for value in self.spacing):
+            raise ValueError(f"`spacing` must be three lengths of {low:g} to {high:g} mm, found {self.spacing!r:.80}")
+        low, high = MIN_AXIS
+        if type(self.min_axis) is not int or not low <= self.min_axis <= high:
+            raise ValueError(f"`min_axis` must be a whole number from {low} to {high}, found {self.min_axis!r:.80}")
+        pairs = [*self.label_map, *self.label_map.values()]
+        if not all(type(value) is int for value in pairs) or not all(0 <= v <= 255 for v in self.label_map.values()):
+            raise ValueError(f"`label_map` must lead to values in 0..255, found {self.label_map!r:.80}")
 
     def as_dict(self) -> dict:
         """Plain data that JSON does not change."""
@@ -77,14 +89,18 @@ class Config:
 
     @classmethod
     def from_dict(cls, content: Mapping) -> Config:
-        """The inverse of `as_dict`; a ValueError names an unknown field."""
+        """The inverse of `as_dict`; a ValueError names a field that is unknown, or has an impossible value."""
+        if not isinstance(content, Mapping):
+            raise ValueError(f"preprocessing configuration: expected an object, found {content!r:.80}")
         if unknown := sorted(set(content) - {item.name for item in dataclasses.fields(cls)}):
-            raise ValueError(f"preprocessing configuration: unknown field {', '.join(unknown)}")
+            raise ValueError(f"preprocessing configuration: unknown field {', '.join(unknown):.80}")
         content = dict(content)
         if "spacing" in content:
-            content["spacing"] = tuple(content["spacing"])
-        if "label_map" in content:
-            content["label_map"] = {int(old): int(new) for old, new in content["label_map"].items()}
+            content["spacing"] = tuple(content["spacing"] if isinstance(content["spacing"], Sequence) else ())
+        labels = content.get("label_map", {})
+        if not isinstance(labels, Mapping) or not all(re.fullmatch(r"-?\d{1,19}", str(old)) for old in labels):
+            raise ValueError(f"preprocessing configuration: `label_map` must map label values, found {labels!r:.80}")
+        content["label_map"] = {int(old): new for old, new in labels.items()}
         return cls(**content)
 
     def settings(self) -> dict:
@@ -99,5 +115,10 @@ class Config:
 
     def hash(self) -> str:
         """16 hexadecimal digits that differ where arrays may differ."""
-        text = json.dumps([FORMAT, self.settings()], sort_keys=True)
+        settings = {name: value for name, value in self.settings().items() if ADDED.get(name, "") != value}
+        text = json.dumps([FORMAT, settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

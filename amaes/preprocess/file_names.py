@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 SEQUENCES = (  # the first match wins; between T1 and T2 the one named first
     ("FLAIR", r"flair"),
@@ -33,6 +33,23 @@ def is_nifti(name: str) -> bool:
 def id_of(root: Path, path: Path) -> str:
     """The path below `root` without its ending, such as "sub-01/T1"."""
     return path.relative_to(root).with_name(stem_of(path.name)).as_posix()
+
+
+def fault_of_id(id: object) -> str | None:
+    """Why a store cannot hold a case of this id: it names its files, and is written in lists; None where it can."""
+    if not isinstance(id, str) or not id:
+        return "expected a name"
+    if unprintable := [character for character in id if not character.isprintable()]:
+        return f"holds {unprintable[0]!a}, which cannot be printed"
+    # A drive ("C:...") is a way out on Windows.
+    if id.startswith("/") or "\\" in id or id[1:2] == ":" or ".." in PurePosixPath(id).parts:
+        return "leads out of the store"
+    return None
+
+
+def printable(text: str) -> str:
+    """The text on one line, with escapes for what cannot be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def sequence_of(text: str) -> str | None:
@@ -88,7 +105,7 @@ def channel_prefix(path: Path, names: Sequence[str]) -> tuple[str, str] | None:
 
 def shorten(names: Sequence[str | Path]) -> str:
     """Up to five of the names (of paths the last part), for a message."""
-    shown = [name.name if isinstance(name, Path) else name for name in names[:5]]
+    shown = [printable(name.name if isinstance(name, Path) else name) for name in names[:5]]
     return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

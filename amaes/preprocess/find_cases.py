@@ -16,9 +16,11 @@ from amaes.preprocess.collection import Collection, Item
 from amaes.preprocess.dataset_json import read_dataset_json
 from amaes.preprocess.file_names import (
     channel_prefix,
+    fault_of_id,
     id_of,
     is_nifti,
     no_file_message,
+    printable,
     sequence_of,
     session_of,
     shorten,
@@ -84,6 +86,7 @@ def collect(
             notes.append(f"dataset.json declares {len(names)} channels: each file must be 4-D, one volume per channel")
     _check_ids(items, with_labels=not for_network)
     items = [_marked_if_incomplete(item, names, missing_channel) for item in items]
+    items = items if for_network else [_marked_if_unnamable(item) for item in items]
     if labels is not None:
         items = match_by_id(items, label_files, labels, notes)
     if label_name is not None:
@@ -253,6 +256,14 @@ def _marked_if_incomplete(item: Item, names: Sequence[str], missing_channel: str
         return item
     message = f"{item.id}: expected channels {' '.join(names)}, missing {' '.join(missing)}"
     return replace(item, problem=("missing_channel", message))
+
+
+def _marked_if_unnamable(item: Item) -> Item:
+    """The case, with a problem where a store cannot hold its id."""
+    fault = fault_of_id(item.id)
+    if fault is None:
+        return item
+    return replace(item, problem=("bad_name", f"{printable(item.id)}: {fault}; rename the file or its folder"))
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 
 from amaes.preprocess import nifti
 from amaes.preprocess.config import Config
-from amaes.preprocess.nifti import Header, RejectedInput
+from amaes.preprocess.nifti_header import SPACING_TOLERANCE, Header, RejectedInput
 
 NONFINITE_FRACTION = 0.001  # up to this fraction of voxels may be NaN or infinite; they are repaired
 SAME_CORNER = 1e-3  # mm; corners that are closer than this are the same
@@ -35,10 +35,17 @@ class Channel:
     n_nonfinite: int
 
 
-def read_file(path: Path, config: Config, channels: int = 1) -> tuple[Header, np.ndarray]:
-    """`nifti.read_nifti` as the configuration says."""
+def read_file(
+    path: Path, config: Config, channels: int = 1, reference: Header | None = None
+) -> tuple[Header, np.ndarray]:
+    """`nifti.read_nifti` as the configuration says; along the axes of the reference, where that has an orientation."""
     return nifti.read_nifti(
-        path, channels=channels, verify=config.verify, strict=config.strict_orientation, assume_ras=config.assume_ras
+        path,
+        channels=channels,
+        verify=config.verify,
+        strict=config.strict_orientation,
+        assume_ras=config.assume_ras,
+        axes=reference.ras_grid if reference is not None and reference.trusted else None,
     )
 
 
@@ -71,7 +78,7 @@ def read_channels(
         if path is None:
             channels.append(None)
             continue
-        header, data = read_file(path, config, channels=volumes_in_file if len(images) == 1 else 1)
+        header, data = read_file(path, config, volumes_in_file if len(images) == 1 else 1, reference)
         if min(header.shape[:3]) < config.min_axis:
             sides = " x ".join(map(str, header.shape[:3]))
             text = f"expected at least {config.min_axis} voxels per axis, found {sides}"
@@ -85,6 +92,8 @@ def read_channels(
                 over="ignore", invalid="ignore"
             ):  # what float32 cannot hold becomes infinite and is counted below
                 volume = np.array(part, dtype=np.float32, order="C")
+            if config.nan_background == "zero":
+                _nan_to_zero(volume, path, warnings)
             n_nonfinite = _repair(volume, path, warnings)
             if not aligned:
                 volume = _onto(volume, header, reference, order=1, outside=float(volume.min()))
@@ -124,10 +133,13 @@ def read_label(
     Raises:
         RejectedInput: any fault of the file, another grid, or other values.
     """
-    header, data = read_file(path, config)
+    header, data = read_file(path, config, reference=reference)
     warnings += header.warnings
     aligned = _on_one_grid(header, reference, "label_geometry", config.on_geometry_mismatch, warnings)
     if data.dtype.kind == "f":
+        if config.nan_background == "zero":
+            data = np.array(data)
+            _nan_to_zero(data, path, warnings)
         whole = np.rint(data)
         if not np.isfinite(data).all() or np.abs(data - whole).max() > INTEGER_TOLERANCE:
             raise RejectedInput("label_values", path, "expected whole numbers, found values between them or not finite")
@@ -143,6 +155,14 @@ def read_label(
         if target := config.label_map.get(value, value):
             label[data == value] = target
     return label if aligned else _onto(label, header, reference, order=0, outside=0), values
+
+
+def _nan_to_zero(volume: np.ndarray, path: Path, warnings: list[str]) -> None:
+    """Set NaN voxels to 0, in place."""
+    nan = np.isnan(volume)
+    if count := int(np.count_nonzero(nan)):
+        volume[nan] = 0
+        warnings.append(f"nan_background: {path.name}: {count} NaN voxels set to 0")
 
 
 def _repair(volume: np.ndarray, path: Path, warnings: list[str]) -> int:
@@ -182,13 +202,13 @@ def _on_one_grid(header: Header, reference: Header, code: str, on_mismatch: str,
             if distance <= limit:
                 return True
             grids += f"; corners differ by {distance:.3g} mm, accepted up to {limit:.3g} mm"
-        elif np.allclose(header.spacing, reference.spacing, rtol=nifti.SPACING_TOLERANCE):
+        elif np.allclose(header.spacing, reference.spacing, rtol=SPACING_TOLERANCE):
             if (header.ornt == reference.ornt).all():
                 return True
             grids += "; one of them has no orientation (sform and qform code 0)"
     if on_mismatch == "reject" or not located:
         raise RejectedInput(code, header.path, f"expected one grid, found {grids}")
-    warnings.append(f"{code}: {header.path.name}: resampled onto the first channel's grid; {grids}")
+    warnings.append(f"{code}: {header.path.name}: resampled onto the grid of {reference.path.name}; {grids}")
     return False
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amaes.cli import EXIT_OK, EXIT_REJECTED, as_options
+from amaes.preprocess.file_names import printable
 
 if TYPE_CHECKING:
     from amaes.preprocess.collection import Item
@@ -21,6 +22,7 @@ REMEDIES = {  # of a reason or warning: which setting helps
     "label_geometry": "see `on_geometry_mismatch`",
     "missing_channel": "`missing_channel` zeros fills",
     "background_not_min": "see `background_to_min`",
+    "nonfinite_many": "`nan_background` zero takes NaN as 0",
     "overflow": "`dtype` float32 holds them",
 }
 
@@ -109,7 +111,7 @@ class Result:
         lines, rows = [], [outcome.row for outcome in self.outcomes if not outcome.done]
         for reason, number in Counter(row["reason"] for row in rows).most_common(12):
             example = next(row for row in rows if row["reason"] == reason)
-            lines.append(f"  {number:6d} {reason}: {example['id']}: {example['message']}")
+            lines.append(f"  {number:6d} {reason}: {printable(example['id'])}: {printable(example['message'])}")
         return lines
 
     def _warnings(self) -> list[str]:
@@ -119,7 +121,7 @@ class Result:
             warnings += {text.split(":")[0]: text for text in reversed(outcome.row["warnings"])}.values()
         for code, number in Counter(text.split(":")[0] for text in warnings).most_common(8):
             example = next(text for text in warnings if text.startswith(f"{code}:"))
-            lines.append(f"  {number:6d} with warning {with_remedy(code, example)}")
+            lines.append(f"  {number:6d} with warning {printable(with_remedy(code, example))}")
         return lines
 
     def _content(self) -> list[str]:

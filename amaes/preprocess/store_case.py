@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amaes.files import written_whole
+from amaes.files import is_disk_full, written_whole
 from amaes.preprocess.case import PreprocessedCase, preprocess_case
-from amaes.preprocess.nifti import RejectedInput
+from amaes.preprocess.nifti_header import RejectedInput
 from amaes.preprocess.report import Outcome, not_done, with_remedy
 from amaes.preprocess.store_index import case_files
 
@@ -70,11 +69,6 @@ def store_case(
         reason = "disk_full" if is_disk_full(error) else f"unexpected:{type(error).__name__}"
         row |= {"status": "failed", "reason": reason, "message": " ".join(f"{item.id}: {error}".split())}
     return Outcome({**row, "seconds": round(time.perf_counter() - began, 3)})
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """The error says that no space is left, on the disk or of a quota."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _preprocessed(item: Item, config: Config, collection: Collection) -> PreprocessedCase:

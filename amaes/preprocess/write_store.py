@@ -13,12 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from amaes.files import locked, written_whole
+from amaes.files import is_disk_full, locked, written_whole
 from amaes.preprocess.collection import Collection, Item
 from amaes.preprocess.config import Config
 from amaes.preprocess.processes import in_processes
 from amaes.preprocess.report import STATUSES, Outcome, Result, not_done
-from amaes.preprocess.store_case import is_disk_full, store_case
+from amaes.preprocess.store_case import store_case
 from amaes.preprocess.store_index import class_names, prepare_folder, remove_temporary, write_index
 
 PROJECTION = 20  # cases after which disk and time are projected

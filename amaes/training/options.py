@@ -29,17 +29,10 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
         add(f"--{name}", choices=ENCODER_OPTIONS[name][1], help=explanation)
     add("--preset", choices=list(PRESETS), default="appendix_r1", help="published values; sets the next four defaults")
     add("--lr", type=cli.positive_float, help="base learning rate of AdamW")
-    add("--batch-size", type=cli.positive_int, help="global batch: patches per step over all ranks")
+    add("--batch-size", type=cli.batch, help="global batch: patches per step over all ranks")
     add("--weight-decay", type=cli.non_negative_float, help="of AdamW")
     add("--amsgrad", action=argparse.BooleanOptionalAction, help="variant of AdamW")
-    add(
-        "--patch-size",
-        type=cli.positive_int,
-        nargs="+",
-        default="128",
-        metavar="N",
-        help="voxels: N for a cube, or X Y Z",
-    )
+    add("--patch-size", type=cli.side, nargs="+", default="128", metavar="N", help="voxels: N for a cube, or X Y Z")
     add(
         "--accumulate", type=_accumulate, default="auto", metavar="N", help="micro-steps per step; auto: as memory asks"
     )
@@ -57,7 +50,7 @@ def given(**options: object) -> dict:
 
 
 def _accumulate(text: str) -> int | str:
-    return text if text == "auto" else cli.positive_int(text)
+    return text if text == "auto" else cli.batch(text)
 
 
 def add_augment_options(add: Callable) -> None:
@@ -117,7 +110,7 @@ _OBJECTIVE_HELP = {  # of every option that only some objectives read
 _OBJECTIVE_TYPES: dict[str, dict] = {
     "crop": {"choices": CROPS},
     "mask_ratio": {"type": cli.fraction},
-    "token_size": {"type": cli.positive_int},
+    "token_size": {"type": cli.side},
     "loss_over": {"choices": RECONSTRUCTION_MEANS},
     "decoder": {"choices": [*RECONSTRUCTION_DECODERS, *SEGMENTATION_DECODERS]},
     "skips": {"action": "store_const", "const": True},
@@ -160,7 +153,7 @@ def add_run_options(parser: cli.Parser, out: str, save_every: int) -> Callable:
     add("--resume", choices=["auto", "never"], default="auto", help="continue the run found in --out, or refuse it")
     add("--overwrite", action="store_true", help="delete the run found in --out and start over")
     add("--seed", type=cli.seed, default=0, help="of weights, order, crops, augmentation, masks, validation split")
-    add("--workers", type=cli.non_negative_int, default=2, help="processes per rank that read patches")
+    add("--workers", type=cli.workers, default=2, help="processes per rank that read patches")
     add("--device", choices=DEVICES, default="auto", help="auto: CUDA where there is a GPU")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 autocast on CUDA, fp32 on the CPU")
     add("--on-nan", choices=ON_ERROR, default="stop", help="a step whose gradient is not finite (few may be)")

@@ -93,3 +93,29 @@ def test_wilcoxon_by_hand():
 def test_other_classes_cannot_be_compared():
     with pytest.raises(ValueError, match="different classes"):
         scores.compare_runs([fold(0, case("a", [(1, 1)]))], [fold(0, case("a", [(1, 1), (1, 1)]))])
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("necrotic_core", "necrotic_core"),
+        ("a|b", "a/b"),
+        ("two\nlines\r\n| x | y |", "two lines / x / y /"),
+        ("tab\tand\x1b[2J\u2028bell\x07", "tab and \\[2J bell"),
+        ("<img src=x onerror=alert(1)>&amp;", "&lt;img src=x onerror=alert(1)&gt;&amp;amp;"),
+        ("![x](http://x) `code`", "!\\[x\\](http://x) \\`code\\`"),
+        ("\\[x](y)", "\\\\\\[x\\](y)"),
+        ("", ""),
+    ],
+)
+def test_names_are_shown_as_they_are_in_one_line(name, shown):
+    summary = scores.summarise([fold(0, case("a", [(2, 2)]))])
+    text = tables.run_tables(name, summary, {"1": name}, "note")
+    assert text.splitlines()[0].rstrip() == f"## Dice of {tables.markdown_text(name)}".rstrip()
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert f"| failed | {shown} | pooled |" in table[0]
+    assert len({line.count("|") for line in table[:4]}) == 1  # no row is broken, no column added
+    assert len(table) == 4 - 1 + 2 + 2 * 2
+    summary |= {"run": name, "labels": {"1": name}}
+    rows = scores.compare_runs([fold(0, case("a", [(2, 2)]))], [fold(0, case("a", [(2, 2)]))])
+    assert f"| {shown} | 1 | 0 |" in tables.comparison_tables(summary, summary, rows)

@@ -164,7 +164,7 @@ def test_the_same_command_does_nothing_once_it_is_done(store, tmp_path):
         ("train_pretrain.py", ("--augment-options", "orders=3"), "'orders=3': no such option of the augmentation"),
         ("train_finetune.py", ("--weights", "none.pt"), "none.pt: no such checkpoint"),
         ("train_pretrain.py", ("--mask-ratio", "0", "--loss-over", "masked"), "--mask-ratio 0.0: keeps"),
-        ("train_pretrain.py", ("--seed", "99999999999"), "'99999999999' is not an integer from 0 to 2^32 - 1"),
+        ("train_pretrain.py", ("--seed", "99999999999"), "'99999999999' is not an integer from 0 to 4294967295"),
         (
             "train_finetune.py",
             ("--patch-size", "1600", "--train-cases", "3"),
