@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,9 +13,6 @@ _ANNEX = "a git-annex pointer without its content; git annex get FILE fetches it
 _STARTS = {  # in lower case, after white space
     b"version https://git-lfs": "a Git LFS pointer without its content; git lfs pull fetches it",
     b"version https://hawser": "a Git LFS pointer without its content; git lfs pull fetches it",
-    b"/annex/objects/": _ANNEX,
-    b"../.git/annex/objects/": _ANNEX,
-    b".git/annex/objects/": _ANNEX,
     b"<!doctype": _PAGE,
     b"<html": _PAGE,
     b"<head": _PAGE,
@@ -50,6 +48,8 @@ def kind_of(start: bytes) -> str | None:
     if start[257:262] == b"ustar":
         return "a tar archive; unpack it"
     text = start.lstrip(b" \t\r\n\xef\xbb\xbf").lower()
+    if re.match(rb"[./\\]*(git[/\\])?annex[/\\]objects[/\\]", text):  # also a link that was stored as a text
+        return _ANNEX
     return next((kind for beginning, kind in _STARTS.items() if text.startswith(beginning)), None)
 
 
