@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from amaes.models import LightDecoder, UNet, ops
 from amaes.models.decoder import UNetDecoder
 from amaes.models.mednext import Block
+from amaes.models.ops import dispatch
 from amaes.models.ops.depthwise import _spread
 from amaes.models.ops.norm_act import _NormAct
 from amaes.models.unet import ConvUnit
@@ -150,6 +152,38 @@ def test_statistics_of_a_mednext_block_write_no_normalised_copy(monkeypatch):
 
 def test_spreading_keeps_the_device():
     assert _spread(torch.empty(1, 2, 3, 4, 5, device="meta")).shape == (1, 2, 5, 7, 9)
+
+
+class DepthwiseLayouts(TorchDispatchMode):
+    """Whether the image of every depthwise convolution, and the gradient of its output, is contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if function == aten.convolution.default and args[-1] > 1:  # groups
+            self.seen.append(args[0].is_contiguous())
+        if function == aten.convolution_backward.default and args[-2] > 1:
+            self.seen.append(args[0].is_contiguous() and args[1].is_contiguous())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("resample", ["same", "down", "up"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_off_the_cpu_a_depthwise_convolution_gets_contiguous_tensors(monkeypatch, resample, batch):
+    torch.manual_seed(0)
+    block = Block(4, 4, 2, resample=resample).double()
+    x = torch.randn(batch, 4, *SIDES, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
+    parameters = [block.depthwise.weight, block.depthwise.bias]
+    expected, expected_gradients = block(x), gradients(lambda x, block: block(x), x, block)
+    monkeypatch.setattr(dispatch, "use_cpu_path", lambda x: False)
+    assert ops.depthwise(x, *parameters, resample).is_contiguous()  # as the group norm after it wants
+    with DepthwiseLayouts() as layouts:
+        y, grads = block(x), gradients(lambda x, block: block(x), x, block)
+    assert layouts.seen == [True] * 3  # two forward passes and a backward pass
+    assert_close([y, *grads], [expected, *expected_gradients], 1e-12)
 
 
 # Upsampling and the convolution after it ------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resampl
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resample: str) -> torch.Tensor:
     convolution = F.conv_transpose3d if resample == "up" else F.conv3d
     stride = 1 if resample == "same" else 2
+    x = x.contiguous()  # `pointwise` gives channels-last tensors, with which this is slowest on CUDA
     return convolution(x, weight, bias, stride=stride, padding=weight.shape[-1] // 2, groups=x.shape[1])
 
 
