@@ -1,7 +1,8 @@
 """Weights that others have published: recognised by the names of their tensors, and renamed to ours.
 
-Known are the files of AMAES and FOMO25 (U-Net), AMAES (MedNeXt), MedNeXt (the authors' and MONAI's), SwinUNETR (MONAI),
-and the self-supervised Swin encoders: `model_swinvit.pt`, MONAI's training script, disruptive autoencoders.
+Known are the files of AMAES and FOMO25 (U-Net), AMAES (MedNeXt), MedNeXt (the authors' and MONAI's), residual encoder
+U-Nets (nnU-Net, nnssl, asparagus), SwinUNETR (MONAI), and the self-supervised Swin encoders: `model_swinvit.pt`,
+MONAI's training script, disruptive autoencoders.
 """
 
 from __future__ import annotations
@@ -52,6 +53,21 @@ _MONAI_MEDNEXT: Rules = (
     (r"\.global_resp_(gamma|beta)$", r".grn_\1"),
     *_MEDNEXT,
 )
+# nnU-Net's networks list a tensor up to four times: as conv and norm, as all_modules, and the encoder's again in the
+# decoder. In asparagus's (AMAES-300K) convs.0 is conv1, and norm is norm_op.
+_SECOND_NAME = re.compile(r"^decoder\.encoder\.|\.all_modules\.\d\.")
+_RESENC: Rules = (
+    (r"^decoder\.encoder\.", "encoder."),
+    (r"\.all_modules\.0\.", ".conv."),
+    (r"\.all_modules\.1\.", ".norm."),
+    (r"\.norm_op\.", ".norm."),
+    (r"\bstem\.(?:convs\.0|conv1)\.", "stem."),
+    (r"\.blocks\.(\d+)\.", r".\1."),
+    (r"\.skip\.1\.", ".shortcut."),
+    (r"^decoder\.stages\.(\d)\.(?:convs\.0|conv1)\.", lambda m: f"decoder.stages.{4 - int(m[1])}.0."),
+    (r"^decoder\.transpconvs\.(\d)\.", lambda m: f"decoder.ups.{4 - int(m[1])}."),
+    (r"^decoder\.seg_layers\.(\d)\.", lambda m: f"decoder.heads.{4 - int(m[1])}."),
+)
 _SWIN: Rules = (
     (r"^(?:swinViT|swin_vit|encoder)\.", ""),
     (r"^patch_embed\.proj\.", "encoder.patch_embed."),
@@ -97,6 +113,7 @@ FAMILIES = (
     Family("AMAES MedNeXt", (r"^encoder\.stem\.", r"^encoder\.enc_block_0\."), _UNET + _MEDNEXT),
     Family("MedNeXt v1 or v2", (r"^stem\.", r"^enc_block_0\."), _MEDNEXT),
     Family("MONAI MedNeXt", (r"^stem\.", r"^enc_stages\.0\."), _MONAI_MEDNEXT),
+    Family("residual encoder U-Net", (r"^encoder\.stem\.conv", r"^encoder\.stages\.0\.blocks\.0\."), _RESENC),
     Family("MONAI SwinUNETR", (r"^swinViT\.layers1\.", r"^encoder10\."), _SWIN, _UNKNOWN_MERGING),
     Family("MONAI's self-supervised Swin", (r"^swinViT\.layers1\.", r"^rotation_head\."), _SWIN, _UNKNOWN_MERGING),
     Family("model_swinvit.pt", (r"^(swinViT\.|swin_vit\.)?layers1\.0\.blocks\.0\.mlp\.fc1\.",), _SWIN, _LEGACY),
@@ -106,7 +123,6 @@ FAMILIES = (
 
 # Networks that this library does not have, and a pattern of their keys, so that the message can name them.
 _OTHER_NETWORKS = {
-    "a residual encoder U-Net (nnU-Net, nnssl)": r"^(encoder\.)?(stem\.convs|stages\.\d+\.blocks)\.\d+\.",
     "a plain U-Net of nnU-Net": r"^(encoder\.stages\.\d+\.0\.convs|conv_blocks_context)\.",
     "a vision transformer (Primus, ViT)": r"(^|\.)(pos_embed|cls_token|eva)\b",
 }
@@ -120,7 +136,8 @@ class Imported:
         tensors: name -> tensor.
         family: name of the kind of file they come from, for messages.
         variant: see `Family`.
-        dropped: names in the file that are no weights: placeholders, and tables that follow from the shapes.
+        dropped: names in the file that are no weights of their own: placeholders, tables that follow from the shapes,
+            second names of one tensor.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -159,7 +176,12 @@ def convert(content: Mapping, where: object) -> Imported:
             _check_positions(key, value, where)
             imported.dropped.append(key)
             continue
-        _add(imported.tensors, rename(key, family.rules), value, key, where)
+        name = rename(key, family.rules)
+        if _SECOND_NAME.search(key) and name in imported.tensors:
+            _check_same(key, value, imported.tensors[name], where)
+            imported.dropped.append(key)
+            continue
+        _add(imported.tensors, name, value, key, where)
     return imported
 
 
@@ -194,6 +216,12 @@ def _add(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor, key: 
 def _any(pattern: str, keys: Iterable[str]) -> bool:
     """Whether the pattern matches some key."""
     return any(re.search(pattern, key) for key in keys)
+
+
+def _check_same(key: str, value: torch.Tensor, first: torch.Tensor, where: object) -> None:
+    """Refuse a second name of a tensor that holds other values."""
+    if value.shape != first.shape or not (value.is_meta or torch.equal(value, first)):
+        raise ValueError(f"{where}: {key} should be a second name of a tensor, but holds other values")
 
 
 def _check_positions(key: str, value: torch.Tensor, where: object) -> None:

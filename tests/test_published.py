@@ -19,6 +19,8 @@ OFFICIAL = {
         f"mednext_v1_{size}_k3": ("MedNeXt v1 or v2", lambda size=size: segmenter(f"mednext_{size}", "mednext", True))
         for size in "sbml"
     },
+    "dna_resenc_s": ("residual encoder U-Net", lambda: build_segmenter("resenc_s", num_classes=1)),
+    "dna_resenc_l": ("residual encoder U-Net", lambda: build_segmenter("resenc_l", num_classes=1)),
     "monai_swin_unetr_48": ("MONAI SwinUNETR", lambda: build_segmenter("swin_unetr", num_classes=1)),
 }
 
@@ -60,6 +62,20 @@ def test_self_supervised_swin_files_hold_the_whole_encoder(name, merging, heads)
     assert len(set(imported.tensors) - encoder) == heads
     assert imported.variant == {"merging": merging}
     assert len(imported.dropped) == 8
+
+
+def test_asparagus_names_become_ours():
+    with torch.device("meta"):
+        state = build_segmenter("resenc_l", num_classes=1).state_dict()
+    keys = {key: tensor for key, tensor in tensors("dna_resenc_l").items() if not _is_second_name(key)}
+    given = {f"model.{k.replace('.convs.0.', '.conv1.').replace('.norm.', '.norm_op.')}": t for k, t in keys.items()}
+    assert {"model.encoder.stem.conv1.norm_op.bias", "model.decoder.stages.4.conv1.conv.weight"} < set(given)
+    imported = convert({"state_dict": given}, "file")
+    assert {key: tensor.shape for key, tensor in imported.tensors.items()} == {k: t.shape for k, t in state.items()}
+
+
+def _is_second_name(key):
+    return "all_modules" in key or key.startswith("decoder.encoder.")
 
 
 def test_monai_mednext_names_become_ours():
@@ -105,8 +121,7 @@ def test_no_two_families_claim_an_official_file():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["encoder.stem.convs.0.conv.weight"], "file: a residual encoder U-Net .*, no architecture of this library"),
-        (["encoder.stages.0.0.convs.0.conv.weight"], "a plain U-Net of nnU-Net, no architecture"),
+        (["encoder.stages.0.0.convs.0.conv.weight"], "file: a plain U-Net of nnU-Net, no architecture"),
         (["eva.blocks.0.norm.weight", "pos_embed"], "a vision transformer"),
         (["layer.weight"], r"names of no file that is known here \(layer.weight, ...\); accepted: our check.*Swin"),
     ],
@@ -124,6 +139,12 @@ def test_contradictory_files_are_refused():
     twice = tensors("amaes_unet_b_lw_dec") | {"encoder.in_conv.conv1.conv.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match="two tensors would both become encoder.in_conv.conv1.conv.weight"):
         convert(twice, "file")
+    key = "encoder.stages.0.blocks.0.conv1.norm.bias"
+    names = ["encoder.stem.convs.0.conv.bias", key, key.replace("norm", "all_modules.1"), f"decoder.{key}"]
+    content = {name: torch.zeros(2) for name in names}
+    assert convert(content, "file").dropped == names[2:]
+    with pytest.raises(ValueError, match="file: decoder.encoder.stages.* should be a second name of a tensor"):
+        convert(content | {names[3]: torch.ones(2)}, "file")
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -161,6 +182,25 @@ def test_a_file_that_does_not_tell_its_merging_is_loaded_with_a_note(tmp_path):
     assert report.notes == ["`merging` fixed is assumed, the file does not tell"]
     assert len(report.ignored) == 16
     assert "MONAI's self-supervised Swin" in report.table()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_checkpoint_of_nnunet_loads_whole(tmp_path, channels):
+    weights = {}
+    for key, shape in reference.key_list("dna_resenc_s").items():
+        first = key.removeprefix("decoder.") if key.startswith("decoder.encoder.") else key
+        first = first.replace("all_modules.0", "conv").replace("all_modules.1", "norm")
+        weights[key] = weights[first] if first in weights else torch.full(shape, 0.5)
+    torch.save({"network_weights": weights, "trainer_name": "nnUNetTrainer"}, tmp_path / "checkpoint_final.pth")
+    with torch.device("cpu" if channels > 1 else "meta"):
+        network = build_segmenter("resenc_s", channels, num_classes=3)
+    report = checkpoint.load_encoder(network, tmp_path / "checkpoint_final.pth", transfer="all")
+    assert (report.coverage, report.decoder) == (1.0, "the file's, except 10 tensors")  # five heads of other classes
+    assert report.source == "residual encoder U-Net"
+    assert report.adapted == (["stem.conv.weight"] if channels > 1 else [])
+    if channels > 1:
+        assert network.encoder.stem.conv.weight.unique().tolist() == [0.25]
+        assert network.decoder.stages[0][0].conv.weight.unique().tolist() == [0.5]
 
 
 def mednext_file(tmp_path, **more):

@@ -2,9 +2,10 @@
 
 In: patches (B, C, X, Y, Z). Out: reconstructions of the same shape, or logits (B, num_classes, X, Y, Z).
 
-Begin with `build`: the sizes, the tables of names, and the functions that build a network by name. `unet`, `mednext`
-and `swin_unetr` hold the encoders, `decoder` what all decoders share, `network` joins the two, and `ops` has the
-operations that take the time. Any encoder goes with any decoder: an encoder has `channels` and `strides`, finest first.
+Begin with `build`: the sizes, the tables of names, and the functions that build a network by name. `unet`, `mednext`,
+`resenc` and `swin_unetr` hold the encoders, `decoder` what all decoders share, `network` joins the two, and `ops` has
+the operations that take the time. Any encoder goes with any decoder: an encoder has `channels` and `strides`, finest
+first.
 """
 
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from amaes.models.decoder import LightDecoder, UNetDecoder
     from amaes.models.mednext import MedNeXt, MedNeXtDecoder
     from amaes.models.network import Network
+    from amaes.models.resenc import ResEnc, ResEncDecoder
     from amaes.models.swin_heads import SwinHeads
     from amaes.models.swin_unetr import SwinUNETR, SwinUNETRDecoder
     from amaes.models.transfer import upkern_
@@ -52,6 +54,7 @@ __getattr__, __dir__, __all__ = exports(
         "decoder": ["LightDecoder", "UNetDecoder"],
         "mednext": ["MedNeXt", "MedNeXtDecoder"],
         "network": ["Network"],
+        "resenc": ["ResEnc", "ResEncDecoder"],
         "swin_heads": ["SwinHeads"],
         "swin_unetr": ["SwinUNETR", "SwinUNETRDecoder"],
         "transfer": ["upkern_"],

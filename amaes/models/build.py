@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Width: channels at full resolution, of Swin encoders those of the first stage. They double at each stage.
 UNETS: dict[str, dict] = {"unet_tiny": {"width": 8}, "unet_b": {"width": 32}, "unet_xl": {"width": 64}}
 SWINS: dict[str, dict] = {"swin_unetr": {"width": 48}, "swin_tiny": {"width": 12}}
+# Depths: residual blocks per stage. All have the widths of nnU-Net; AMAES-300K names the size L `resenc_unet_b`.
+RESENCS: dict[str, dict] = {"resenc_s": {"depths": (2, 2, 2, 2, 2, 2)}, "resenc_l": {"depths": (1, 3, 4, 6, 6, 6)}}
 
 # Depths (blocks) and ratios (expansion) of the stages from full resolution to the bottleneck; decoders mirror them.
 _S = {"width": 32, "depths": (2, 2, 2, 2, 2), "ratios": (2, 2, 2, 2, 2)}
@@ -52,6 +54,12 @@ def _mednext(in_channels: int = 1, **size) -> nn.Module:
     return MedNeXt(in_channels, **size)
 
 
+def _resenc(in_channels: int = 1, **size) -> nn.Module:
+    from amaes.models.resenc import ResEnc
+
+    return ResEnc(in_channels, **size)
+
+
 def _swin(in_channels: int = 1, **size) -> nn.Module:
     from amaes.models.swin_unetr import SwinUNETR
 
@@ -61,6 +69,7 @@ def _swin(in_channels: int = 1, **size) -> nn.Module:
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(_unet, **size) for name, size in UNETS.items()},
     **{name: partial(_mednext, **size) for name, size in MEDNEXTS.items()},
+    **{name: partial(_resenc, **size) for name, size in RESENCS.items()},
     **{name: partial(_swin, **size) for name, size in SWINS.items()},
 }
 

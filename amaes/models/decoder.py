@@ -94,7 +94,7 @@ class Decoder(nn.Module):
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
         """Features of the encoder, finest first, to the output at full resolution: (B, num_classes, X, Y, Z).
 
-        With deep supervision, in training mode: a list of outputs, finest first, one per stage.
+        With deep supervision, in training mode: a list of outputs, finest first, one per head.
         """
         x = self._lateral(features, len(self.channels) - 1)
         maps = [x]
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
             x = self.stage(i, x, self._lateral(features, i) if self.skips else None)
             maps.insert(0, x)
         if self.deep_supervision and self.training:
-            return [head(x) for head, x in zip(self.heads, maps, strict=True)]
+            return [head(x) for head, x in zip(self.heads, maps, strict=False)]  # the deepest may have none
         return self.heads[0](x)
 
     def _lateral(self, features: list[torch.Tensor], i: int) -> torch.Tensor:

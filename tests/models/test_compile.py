@@ -5,7 +5,7 @@ import torch
 
 from amaes.models import RECONSTRUCTION_DECODERS, SEGMENTATION_DECODERS, build_autoencoder, build_segmenter
 
-FAMILIES = ("unet_tiny", "mednext_s", "swin_tiny")
+FAMILIES = ("unet_tiny", "mednext_s", "resenc_s", "swin_tiny")
 DECODERS = [
     *((build_autoencoder, {"decoder": name, "skips": name == "standard"}) for name in RECONSTRUCTION_DECODERS),
     *((build_segmenter, {"decoder": name, "deep_supervision": True}) for name in SEGMENTATION_DECODERS),
