@@ -158,7 +158,8 @@ def main(args: argparse.Namespace) -> int:
     )
     weights = SCRATCH if args.weights == SCRATCH else sha256(args.weights)  # another file under the name shows
     record = {"store": store.fingerprint, "build": build, "splits": splits, "weights": weights}
-    folder.open(record, accumulate, resume=args.resume, overwrite=args.overwrite, log=log)
+    part = None if args.fold == "all" else f"fold{int(args.fold)}"
+    folder.open(record, accumulate, resume=args.resume, overwrite=args.overwrite, log=log, part=part)
     if args.weights != SCRATCH:
         report_leakage(args, store, splits, pretraining, ranks, log)
     share = Share(args.batch_size, accumulate, ranks.rank, ranks.world)

@@ -75,6 +75,9 @@ def read(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
     for name, tensor in _tensors(content):
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+            raise ValueError(f"{path}: its tensor {name} is {kind}, expected plain numbers")
         if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), MAX_REPEATED_BYTES):
             raise ValueError(f"{path}: its tensor {name} claims {tuple(tensor.shape)}, the file holds less than that")
     return content
@@ -126,8 +129,12 @@ def saved(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(steps[path]), reverse=True)
 
 
-def latest(folder: Path) -> tuple[dict | None, Path | None, list[str]]:
+def latest(folder: Path, to_continue: bool = False) -> tuple[dict | None, Path | None, list[str]]:
     """The newest checkpoint that is not damaged.
+
+    Args:
+        folder: of the checkpoints.
+        to_continue: it must hold what training continues from: weights, optimizer and step.
 
     Returns:
         Its content and path (None where there is none), and a line for every newer file that is damaged.
@@ -137,7 +144,12 @@ def latest(folder: Path) -> tuple[dict | None, Path | None, list[str]]:
         try:
             if not zipfile.is_zipfile(path):
                 raise ValueError(f"{path}: not a whole file")
-            return read(path), path, skipped
+            content = read(path)
+            if to_continue:
+                _check_entries(path, content, "model", "optimizer", "step")
+                if not content["model"] or not content["optimizer"]:
+                    raise ValueError(f"{path}: holds no weights, or no optimizer")
+            return content, path, skipped
         except Exception as error:  # a damaged file can raise anything
             skipped.append(f"{path}: skipped, it is damaged ({error})")
     return None, None, skipped
@@ -163,19 +175,33 @@ def load_segmenter(path: Path, device: torch.device | str = "cpu") -> tuple[nn.M
         )
     _check_entries(path, content, "model", "build", "preprocess", "channels", "labels", "patch_size")
     network = _rebuild(path, content)
-    try:
-        network.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit its network ({str(error).splitlines()[0]})") from None
+    load_weights(network, path, content["model"])
     meta = {key: value for key, value in content.items() if key not in ("model", "optimizer")}
     return network.to(device).eval(), meta
 
 
+def load_weights(network: nn.Module, path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load a checkpoint's weights into the network that it was made from.
+
+    Raises:
+        ValueError: they are of another network, or no real numbers.
+    """
+    kinds = {name: tensor.is_floating_point() for name, tensor in network.state_dict().items()}
+    for name, tensor in weights.items():
+        if kinds.get(name, False) != tensor.is_floating_point() and name in kinds:
+            raise ValueError(f"{path}: its weight {name} is of type {tensor.dtype}, expected real numbers")
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit its network ({str(error).splitlines()[0]})") from None
+
+
 # Types of a checkpoint's entries. A file can hold anything, so an entry is checked before it is used.
 _ENTRY_TYPES = {
-    **dict.fromkeys(("model", "build", "preprocess", "labels"), dict),
+    **dict.fromkeys(("model", "optimizer", "build", "preprocess", "labels"), dict),
     **dict.fromkeys(("channels", "patch_size"), list),
     "task": str,
+    "step": int,
 }
 
 

@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -111,6 +113,46 @@ def locked(folder: Path, message: str, *, name: str = ".lock", shared: bool = Fa
         except OSError:  # no locks on this file system
             pass
         yield
+
+
+def hold(folder: Path, message: str, *, name: str, shared: bool = False) -> BinaryIO | None:
+    """Keep other processes out of a folder for as long as this process lives, or until the returned file is closed.
+
+    Unlike `locked`, processes that this one forks do not hold the lock: one that outlives it is in nobody's way.
+
+    Args:
+        folder: is made where it is not there.
+        message: what to tell a second process; who holds the lock, and since when, is added.
+        name: of the lock's file.
+        shared: keep out only those that do not share.
+
+    Returns:
+        The lock's file, to be kept; None where the system knows no such locks.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / name).open("a+b")
+    try:
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace").strip()
+        file.close()
+        raise ValueError(f"{folder}: {message}" + (f" ({holder})" if holder.isprintable() and holder else "")) from None
+    except OSError:  # no locks on this file system
+        pass
+    if not shared:
+        since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {since}".encode())
+        file.flush()
+    return file
 
 
 def _cause(error: BaseException) -> OSError | None:

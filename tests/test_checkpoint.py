@@ -90,6 +90,40 @@ def test_entries_are_checked_before_they_are_used(tmp_path, entries, message):
             reader(tmp_path / "odd.pt")
 
 
+@pytest.mark.parametrize("name", ["model", "optimizer", "step"])
+@pytest.mark.parametrize("value", ["missing", None, "2", [], {}])
+def test_a_checkpoint_that_cannot_be_continued_falls_back_to_the_one_before(tmp_path, name, value):
+    whole = {"optimizer": {"state": {}}}
+    checkpoint.save(tmp_path, content(1, **whole), keep=3)
+    path = checkpoint.save(tmp_path, content(2, **whole), keep=3)
+    odd = content(2, **whole) | {name: value}
+    if value == "missing":
+        del odd[name]
+    torch.save({"format": checkpoint.FORMAT, **odd}, path)
+    newest, _, skipped = checkpoint.latest(tmp_path, to_continue=True)
+    assert (newest["step"], len(skipped)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.to_sparse(), "is torch.sparse_coo on cpu, expected plain numbers"),
+        (lambda w: w.to("meta"), "on meta, expected plain numbers|not a checkpoint"),
+        (lambda w: w > 0, "type torch.bool, expected real numbers"),
+        (lambda w: w.to(torch.int64), "type torch.int64, expected real numbers"),
+        (lambda w: w.to(torch.complex64), "type torch.complex64, expected real numbers"),
+    ],
+)
+def test_weights_that_are_no_plain_real_numbers_are_refused(tmp_path, change, message):
+    network = build_segmenter("unet_tiny", num_classes=2)
+    weights = {name: change(tensor) for name, tensor in network.state_dict().items()}
+    torch.save({"model": weights}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_weights(network, tmp_path / "odd.pt", checkpoint.read(tmp_path / "odd.pt")["model"])
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_encoder(network, tmp_path / "odd.pt")
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoint.latest(tmp_path / "nothing") == (None, None, [])
 

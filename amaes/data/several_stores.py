@@ -66,6 +66,11 @@ class SeveralStores:
         digest = [[name, store.fingerprint] for name, store in zip(self.names, self.stores, strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps(digest).encode()).hexdigest()[:16]
 
+    def check_unchanged(self) -> None:
+        """`Store.check_unchanged` of each."""
+        for store in self.stores:
+            store.check_unchanged()
+
     def index(self, id: str) -> int:
         """Position of a case in the list of all."""
         if id not in self._index:

@@ -67,9 +67,22 @@ class Store:
                 raise ValueError("two cases have the same id")
             digest = [content["config_hash"], self.channels, content["labels"], [_row(case) for case in self.cases]]
             self.fingerprint = hashlib.sha256(json.dumps(digest, sort_keys=True).encode()).hexdigest()[:16]
+            self._index_state = _state(index)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"{index}: not a store's index ({reason})") from None
+
+    def check_unchanged(self) -> None:
+        """Raise a ValueError where the store was written anew, or is being written, since its index was read."""
+        index = self.path / "dataset.json"
+        try:
+            if _state(index) == self._index_state or Store(self.path).fingerprint == self.fingerprint:
+                return
+        except (FileNotFoundError, ValueError):
+            pass
+        except OSError:  # a network that does not answer says nothing about the store
+            return
+        raise ValueError(f"{index}: was changed since it was read; the store's cases may be those of two versions")
 
     @property
     def num_classes(self) -> int:
@@ -116,6 +129,12 @@ class Store:
 
     def _file(self, id: str, suffix: str) -> Path:
         return self.path / "cases" / f"{id}{suffix}"
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written anew."""
+    state = path.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _case(entry: dict) -> Case:

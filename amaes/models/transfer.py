@@ -75,6 +75,8 @@ def transfer_weights(
     decoder = _decoder_weights(tensors, network.decoder, stem, where, report) if transfer == "all" else {}
     used = {f"encoder.{name}" for name in encoder} | {f"decoder.{name}" for name in decoder}
     report.ignored = [key for key in tensors if key not in used]
+    if kinds := {str(tensor.dtype) for tensor in encoder.values() if not tensor.is_floating_point()}:
+        raise ValueError(f"{where}: holds encoder weights of type {', '.join(sorted(kinds))}, expected real numbers")
     if not all(tensor.isfinite().all() for tensor in (*encoder.values(), *decoder.values())):
         raise ValueError(f"{where}: holds weights that are not finite")
     if not next(network.encoder.parameters()).is_meta:  # on "meta" the question is whether the file fits

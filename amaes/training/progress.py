@@ -114,11 +114,11 @@ class Progress:
         self._step = self._last_line = order.start
         self._names: list[str] = []  # of the terms of the loss
         self._window: torch.Tensor | None = None  # (steps since the last line, terms and whether it was skipped)
-        self._skipped = 0
         self._bad: Counter[str] = Counter()  # cases that this rank could not read: how often
         self._bad_everywhere = self._bad  # on all ranks, at the last line
         self._metrics = MetricsFile(folder / "metrics.jsonl", order.start) if ranks.is_main else None
-        self.validated = distributed.from_main(self._metrics.validated if self._metrics else None)
+        known = (self._metrics.validated, self._metrics.skipped) if self._metrics else None
+        self.validated, self._skipped = distributed.from_main(known)
         self._terminal = ranks.is_main and sys.stderr.isatty()
         self._logged_at = 0.0  # when the last line went to a log file
         bar = {"unit": "step", "disable": not self._terminal, "dynamic_ncols": True}
@@ -208,11 +208,9 @@ class Progress:
         for step in skipped:
             self._describe(step)
         self._skipped += len(skipped)
-        allowed = SKIP_AT_LEAST + SKIP_SHARE * (self._step - self._start)
+        allowed = SKIP_AT_LEAST + SKIP_SHARE * self._step
         if self._skipped > allowed:
-            self._fail(
-                self._step, f"{self._skipped} steps were skipped since step {self._start}, at most {allowed:.0f} may be"
-            )
+            self._fail(self._step, f"{self._skipped} steps were skipped, at most {allowed:.0f} may be")
         kept = [row for row in rows if not row[-1]]
         if not kept:
             return dict.fromkeys(self._names, math.nan)
@@ -278,8 +276,16 @@ class Progress:
             self._metrics.write(**values)
 
     def close(self) -> None:
-        """End the progress bar."""
+        """End the progress bar.
+
+        Raises:
+            ValueError: the run is at its end, and so many of its steps were left out that it is not worth its name.
+        """
         self._bar.close()
+        if self._step == self._total and self._skipped > SKIP_AT_END * self._total:
+            text = f"{self._skipped} of {self._total} steps were skipped, their loss or gradient was not finite"
+            raise ValueError(f"{self._folder}: {text}; the saved network is of no use; a lower `lr` may help")
 
 
+SKIP_AT_END = 0.25  # share of a run's steps that may have been left out when it ends
 SKIP_AT_LEAST, SKIP_SHARE = 10, 0.01  # steps that `on_nan` skip may leave out: so many, and this share of all

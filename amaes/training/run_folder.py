@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch import nn
 
 import amaes
 from amaes import checkpoint, distributed, hardware
-from amaes.files import write_json, write_text
+from amaes.files import hold, write_json, write_text
 
 if TYPE_CHECKING:
     from amaes.data.order import Batches
@@ -41,6 +43,7 @@ MAY_CHANGE = frozenset(
 
 
 RUN_FORMAT = "amaes-run-1"
+LOCK = ".training.lock"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class RunFolder:
     patch_size: Sequence[int]
     options: dict
     keep: int
+    _locks: list[BinaryIO | None] = field(default_factory=list, repr=False)
 
     def settle_micro_steps(
         self,
@@ -102,7 +106,16 @@ class RunFolder:
         same = recorded.get("world") == self.ranks.world
         return distributed.from_main(recorded["accumulate"] if same else fitting)
 
-    def open(self, record: dict, accumulate: int, *, resume: str, overwrite: bool, log: Callable[[str], None]) -> None:
+    def open(
+        self,
+        record: dict,
+        accumulate: int,
+        *,
+        resume: str,
+        overwrite: bool,
+        log: Callable[[str], None],
+        part: str | None = None,
+    ) -> None:
         """Create the folder, or check that the run found there is the same one. A restart by torchrun continues.
 
         Args:
@@ -111,10 +124,11 @@ class RunFolder:
             resume: "auto" continues a run found there, "never" refuses it.
             overwrite: delete what a run left there, and start over.
             log: is told what a user should know of the run that continues.
+            part: the one folder in it that is trained, such as "fold0"; other processes may train the others.
 
         Raises:
             ValueError: a run with other options is there (shows both values), the folder holds something else, or
-                `resume` is "never" and the folder is not empty.
+                `resume` is "never" and the folder is not empty, or another process trains in it.
         """
         if not self.ranks.is_main:
             return
@@ -123,6 +137,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`out` {self.path}: a file, expected a folder")
         config_file = self.path / "config.json"
+        if _read_config(config_file, self.kind) is None:
+            _refuse_other_content(self.path)
+        self._hold(part)
         old = _read_config(config_file, self.kind)
         if old is not None and overwrite:
             _clear(self.path)
@@ -130,20 +147,7 @@ class RunFolder:
         started = {"time": _now(), "command": [Path(sys.executable).name, *sys.argv]}
         machine_choice = {"accumulate": accumulate, "world": self.ranks.world}
         if old is None:
-            _refuse_other_content(self.path)
-            write_json(
-                config_file,
-                {
-                    "format": RUN_FORMAT,
-                    "task": self.kind,
-                    "options": self.options,
-                    "record": record,
-                    "machine_choice": machine_choice,
-                    "versions": versions(),
-                    "commit": commit(),
-                    "starts": [started],
-                },
-            )
+            self._write_config(record, machine_choice, started)
             return
         if resume == "never":
             raise ValueError(
@@ -161,10 +165,30 @@ class RunFolder:
         old["starts"].append(started)
         write_json(config_file, old)
 
+    def _write_config(self, record: dict, machine_choice: dict, started: dict) -> None:
+        content = {
+            "format": RUN_FORMAT,
+            "task": self.kind,
+            "options": self.options,
+            "record": record,
+            "machine_choice": machine_choice,
+            "versions": versions(),
+            "commit": commit(),
+            "starts": [started],
+        }
+        write_json(self.path / "config.json", content)
+
+    def _hold(self, part: str | None) -> None:
+        """Keep other training processes out of the folder, or out of a part of it, as long as this one lives."""
+        text = "another process trains here; wait for it, stop it, or take another `out`"
+        self._locks.append(hold(self.path, text, name=LOCK, shared=part is not None))
+        if part is not None:
+            self._locks.append(hold(self.path / part, text, name=LOCK))
+
     def load_newest(self, network: nn.Module, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> int:
         """Load the newest sound checkpoint, on every rank; the step it was made at, 0 where there is none."""
         folder, is_main = self.path / "checkpoints", self.ranks.is_main
-        content, path, damaged = checkpoint.latest(folder) if is_main else (None, None, [])
+        content, path, damaged = checkpoint.latest(folder, to_continue=True) if is_main else (None, None, [])
         for line in damaged:
             log(line)
         path = distributed.from_main(path)
@@ -172,8 +196,11 @@ class RunFolder:
             return 0
         if content is None:
             content = checkpoint.read(path)
-        network.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        checkpoint.load_weights(network, path, content["model"])
+        try:
+            optimizer.load_state_dict(content["optimizer"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: its optimizer does not fit the network ({error}); delete the file") from None
         log(f"continuing at step {content['step']} from {path}")
         return content["step"]
 
@@ -183,9 +210,17 @@ class RunFolder:
         Args:
             step: steps done.
             network, optimizer: the network without what DDP and compilation put around it.
+
+        Raises:
+            ValueError: the store was changed since training began to read it.
         """
         if not self.ranks.is_main:
             return
+        try:
+            self.store.check_unchanged()
+        except ValueError as error:
+            text = "not saved, what was saved before is sound; take another `out`, or write the store as it was"
+            raise ValueError(f"step {step}: {error}; {text}") from None
         labels = self.store.labels.items() if self.task == "segment" else ()
         content = {
             "task": self.task,
@@ -223,16 +258,33 @@ def _read_config(path: Path, kind: str) -> dict | None:
         config = None
     if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
         raise ValueError(f"`out` {path.parent}: its config.json is not of a run ({RUN_FORMAT}); take another folder")
-    if config["task"] != kind:
-        raise ValueError(f"`out` {path.parent}: holds a run of task {config['task']!r}, this is {kind!r}; take another")
     if "chosen" in config:  # its name in earlier versions
         config["machine_choice"] = config.pop("chosen")
+    for name, (is_right, expected) in ENTRIES.items():
+        if not is_right(config.get(name)):
+            text = f"its config.json is damaged: {name!r} is {config.get(name)!r:.80}, expected {expected}"
+            raise ValueError(f"`out` {path.parent}: {text}; take another folder")
+    if config["task"] != kind:
+        raise ValueError(f"`out` {path.parent}: holds a run of task {config['task']!r}, this is {kind!r}; take another")
     return config
+
+
+def _is_machine_choice(value: object) -> bool:
+    numbers = [value.get(name) for name in ("accumulate", "world")] if isinstance(value, dict) else [None]
+    return all(type(number) is int and number >= 1 for number in numbers)
+
+
+ENTRIES = {  # of config.json that are read: whether a value is right, and which are
+    "task": (lambda value: isinstance(value, str), "a text"),
+    **dict.fromkeys(("options", "record"), (lambda value: isinstance(value, dict), "an object")),
+    "machine_choice": (_is_machine_choice, "numbers accumulate and world"),
+    "starts": (lambda value: isinstance(value, list), "a list"),
+}
 
 
 def _may_lie_in(entry: Path) -> bool:
     """What a new run may find in its folder: the demo's data, and what a killed start left."""
-    return entry.name == "demo" or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
+    return entry.name in ("demo", LOCK) or (entry.name.startswith(".") and entry.name.endswith(".tmp"))
 
 
 def _clear(folder: Path) -> None:
@@ -293,28 +345,44 @@ class MetricsFile:
 
     Attributes:
         validated: that step, if a validation was written for it, else None.
+        skipped: steps that were left out up to that step.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept, self.validated = [], None
+        kept, self.validated, self.skipped = [], None, 0
         if path.is_file():
             for line in path.read_text().splitlines():
                 try:
                     entry = json.loads(line)
                 except ValueError:  # a line cut short when the run was killed
                     continue
-                if isinstance(entry, dict) and entry["step"] <= step:
+                at = entry.get("step") if isinstance(entry, dict) else None
+                if type(at) is int and at <= step:
                     kept.append(line + "\n")
-                    if entry["step"] == step and "val_loss" in entry:
+                    if type(entry.get("skipped_steps")) is int:
+                        self.skipped = entry["skipped_steps"]
+                    if at == step and "val_loss" in entry:
                         self.validated = step
         write_text(path, "".join(kept))
         self._path = path
 
     def write(self, **values) -> None:
-        """Append one line; floats are kept to six significant digits, null where they are not finite."""
+        """Append one line, whole or not at all; floats to six significant digits, null where they are not finite."""
         line = {k: _short(v) if isinstance(v, float) else v for k, v in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        content = (json.dumps(line) + "\n").encode()
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                try:
+                    if file.write(content) < len(content):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            raise OSError(
+                f"{self._path}: could not be written ({error.strerror}); the same command continues"
+            ) from error
 
 
 def _short(value: float) -> float | None:

@@ -55,6 +55,19 @@ def test_a_store_that_is_not_ours_is_refused(store, change, message):
         Store(store.path)
 
 
+def test_a_store_that_was_written_anew_is_noticed(store):
+    index = store.path / "dataset.json"
+    content = index.read_text()
+    index.write_text(content + " ")  # touched, the same cases
+    store.check_unchanged()
+    index.write_text(content.replace('"config_hash": "', '"config_hash": "other'))
+    with pytest.raises(ValueError, match="was changed since it was read"):
+        store.check_unchanged()
+    index.unlink()  # it is being written
+    with pytest.raises(ValueError, match="was changed since it was read"):
+        store.check_unchanged()
+
+
 def test_missing_and_broken_files_are_named(store, tmp_path):
     with pytest.raises(FileNotFoundError, match="no store there"):
         Store(tmp_path / "nope")

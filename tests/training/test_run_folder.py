@@ -1,11 +1,13 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from amaes import hardware
 from amaes.distributed import Ranks
-from amaes.training.run_folder import MetricsFile, RunFolder
+from amaes.training.run_folder import LOCK, MetricsFile, RunFolder
 
 
 def run_in(folder, options, kind="pretrain", world=1):
@@ -75,7 +77,7 @@ def test_resume_never_refuses_a_run_and_overwrite_clears_what_is_its_own(tmp_pat
     with pytest.raises(ValueError, match="holds a run already"):
         open_run(tmp_path, {"lr": 1}, {}, resume="never")
     open_run(tmp_path, {"lr": 2}, {}, overwrite=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [LOCK, "config.json"]
     assert (elsewhere / "step-1.pt").exists()
 
 
@@ -117,3 +119,86 @@ def test_metrics_after_the_step_are_dropped_with_a_line_cut_short(tmp_path):
         {"step": 10, "loss": 1},
         {"step": 20, "loss": 0.123457, "note": "x"},
     ]
+
+
+def test_foreign_lines_of_the_metrics_are_dropped_and_skipped_steps_counted(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ["null", "7", "[]", "{}", '{"step": "2"}', '{"step": null}', '{"step": true}', '{"step": 2.5}', "x"]
+    path.write_text("\n".join([*lines, '{"step": 4, "skipped_steps": 3}', '{"step": 8, "skipped_steps": 5}', ""]))
+    assert MetricsFile(path, step=4).skipped == 3
+    assert path.read_text() == '{"step": 4, "skipped_steps": 3}\n'
+
+
+def test_a_line_of_the_metrics_is_written_whole_or_the_file_is_named(tmp_path, monkeypatch):
+    import resource
+
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, step=0)
+    metrics.write(step=1)
+    before, limits = path.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))  # as a disk with five bytes left
+    try:
+        with pytest.raises(OSError, match="metrics.jsonl: could not be written"):
+            metrics.write(step=2, loss=0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == before
+
+
+HELD_BY = """
+import sys, pathlib
+from amaes.files import hold
+held = [hold(pathlib.Path(folder), "", name=sys.argv[1]) for folder in sys.argv[2:]]
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def elsewhere():
+    """Function: another process holds the training locks of these folders."""
+    processes = []
+
+    def hold(*folders):
+        command = [sys.executable, "-c", HELD_BY, LOCK, *map(str, folders)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_training_process_is_told_who_trains_in_the_folder(tmp_path, elsewhere):
+    open_run(tmp_path / "run", {}, {})  # of this process: ends with it, or with the object
+    run, folds = run_in(tmp_path / "run", {}), run_in(tmp_path / "folds", {}, "segment")
+    options = {"resume": "auto", "overwrite": False, "log": lambda line: None}
+    folds.open({}, 1, part="fold1", **options)
+    other = elsewhere(tmp_path / "run", tmp_path / "folds" / "fold0")
+    with pytest.raises(ValueError, match=rf"another process trains here.*\(process {other.pid} on .* since 20"):
+        open_run(tmp_path / "run", {}, {})
+    with pytest.raises(ValueError, match=r"fold0: another process trains here"):
+        folds.open({}, 1, part="fold0", **options)
+    folds.open({}, 1, part="fold1", **options)
+    other.kill()
+    other.wait()
+    run.open({}, 1, **options)  # a holder that died is in nobody's way
+
+
+OTHER_TYPES = [None, 7, [], "x", True]
+
+
+@pytest.mark.parametrize("name", ["task", "options", "record", "machine_choice", "starts"])
+def test_a_field_of_config_json_that_is_missing_or_of_another_type_is_named(tmp_path, name):
+    open_run(tmp_path, {}, {})
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    damaged = [{key: value for key, value in whole.items() if key != name}]
+    damaged += [whole | {name: value} for value in OTHER_TYPES if type(value) is not type(whole[name])]
+    for content in damaged:
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"config.json is damaged: '{name}' is"):
+            open_run(tmp_path, {}, {})
