@@ -142,14 +142,14 @@ def real(low: float, high: float, above: bool = False) -> Callable[[str], float]
 # argparse types. Every number has a range: what lies beyond is a mistake, which would otherwise be noticed late.
 positive_int = integer(1, 10**9)  # steps, cases, files
 non_negative_int = integer(0, 10**9)
-side = integer(1, 1024)  # voxels, of a patch or a token; no array of a store is longer
+side = integer(1, 2048)  # voxels, of a patch or a token
 batch = integer(1, 1 << 16)  # patches
 folds = integer(1, 1000)
 epochs = integer(1, 10**6)
 workers = integer(0, 1024)  # processes
 seed = integer(0, 2**32 - 1)
 split_seed = integer(0, 4_000_000)  # the folds' generator takes 1000 times it, in 32 bits
-positive_float = real(0, 1e6, above=True)
+positive_float = real(0, 1e38, above=True)
 non_negative_float = real(0, 1e6)
 correlation = real(0, 1, above=True)
 

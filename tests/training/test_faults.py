@@ -209,8 +209,9 @@ def test_checkpoints_come_by_the_clock_too(store, tmp_path):
 def test_steps_with_a_gradient_that_is_not_finite_are_left_out_and_counted(store, tmp_path):
     out = tmp_path / "run"
     exploding = {"--steps": 10, "--lr": 1e30, "--warmup": 0, "--log-every": 1, "--val-fraction": 0}
-    done = run("train_pretrain.py", *options(store, out, **exploding), "--on-nan", "skip", status=0)
+    done = run("train_pretrain.py", *options(store, out, **exploding), "--on-nan", "skip", status=2)
     assert "steps skipped" in done.stdout
+    assert "of 10 steps were skipped" in done.stderr  # the network is saved, and the exit status says what it is worth
     assert lines_of(out)[-1]["skipped_steps"] >= 8
     assert json.loads(next(out.glob("not-finite-step-*.json")).read_text())["samples"]
     assert all(tensor.isfinite().all() for tensor in weights(out)[1].values())

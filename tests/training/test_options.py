@@ -45,7 +45,7 @@ def test_patch_size_is_a_cube_or_three_sides():
         (["--arch"], "expected one argument"),
         (["--patch-size", "1", "2"], "--patch-size 1 2: 2 numbers, accepted: N or X Y Z"),
         (["--batch-size", "0"], "'0' is not an integer from 1 to 65536"),
-        (["--lr", "nan"], "'nan' is not a number above 0, at most 1e+06"),
+        (["--lr", "nan"], "'nan' is not a number above 0, at most 1e+38"),
         (["--batch", "3"], "unrecognized arguments: --batch"),
         (["--accumulate", "some"], "'some' is not an integer from 1 to 65536"),
     ],
