@@ -172,7 +172,7 @@ def main(args: argparse.Namespace) -> int:
             with hardware.out_of_memory_explained(ranks.device, accumulate, args.patch_size, share.of_rank):
                 train_fold(args, run, replace(folder, path=args.out / f"fold{fold}"), split, ranks, log)
     distributed.shutdown()
-    log(f"done; next: python evaluate.py {args.out}")
+    log(f"done; next: {cli.command('evaluate')} {args.out}")
     return cli.EXIT_OK
 
 

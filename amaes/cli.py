@@ -30,6 +30,11 @@ def program() -> str:
     return Path(sys.argv[0]).name
 
 
+def command(name: str) -> str:
+    """How the command `name` is started where this one was started so: `amaes evaluate`, or `python evaluate.py`."""
+    return f"python {name}.py" if started_as is None else f"amaes {name}"
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Prints the real default of every option, also of those whose help names none."""
 

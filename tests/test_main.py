@@ -75,9 +75,9 @@ def test_the_program_is_named_as_it_was_started(monkeypatch):
     assert cli.program() == "evaluate.py"
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", find_spec("amaes.predict"))
     monkeypatch.setattr(sys, "argv", [find_spec("amaes.predict").origin, "--help"])
-    assert cli.program() == "python -m amaes.predict"
+    assert (cli.program(), cli.command("evaluate")) == ("python -m amaes.predict", "python evaluate.py")
     monkeypatch.setattr(cli, "started_as", "amaes predict")
-    assert cli.program() == "amaes predict"
+    assert (cli.program(), cli.command("evaluate")) == ("amaes predict", "amaes evaluate")
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -7,17 +7,19 @@ augmentation.png  one head under each transform alone, at its strongest
 prediction.png    test heads with the outlines of the reference and of the prediction
 data.png          the way of a scan through pretraining
 
-It draws heads, preprocesses and pretrains in --work with the commands that a user would type. What is in
+It draws heads, preprocesses, pretrains and fine-tunes in --work with the commands that a user would type. What is in
 --work already is used again, so that a changed picture takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 
@@ -39,7 +41,7 @@ from amaes.preprocess.nifti import to_stored_axes
 from amaes.preprocess.read_case import read_file
 
 PATCH = (48, 48, 48)
-PRETRAIN_STEPS = 1500
+PRETRAIN_STEPS, FINETUNE_STEPS = 1500, 800
 MASK = {"token_size": 4, "mask_ratio": 0.6}
 NETWORK = "--arch unet_tiny --workers 0 --compile off --patch-size 48 --batch-size 2"
 COMMANDS = (
@@ -47,6 +49,11 @@ COMMANDS = (
     "preprocess --images {work}/heads/images --out {work}/heads-store",
     f"pretrain --data {{work}}/heads-store {NETWORK} --crop patch --skips --lr 2e-3 --steps {PRETRAIN_STEPS} "
     "--val-fraction 0.1 --val-every 300 --out {work}/pretrain",
+    "phantom --out {work}/lesions --subjects 30 --first 301 --sequences FLAIR --labels --fov 72",
+    "preprocess --images {work}/lesions/images --labels {work}/lesions/labels --out {work}/lesions-store",
+    f"finetune --data {{work}}/lesions-store {NETWORK} --fold 0 --train-cases 20 --out {{work}}/finetune "
+    f"--weights {{work}}/pretrain/checkpoints/step-{PRETRAIN_STEPS}.pt --lr 5e-3 --steps {FINETUNE_STEPS}",
+    "evaluate {work}/finetune",
 )
 
 
@@ -126,6 +133,33 @@ def draw_augmentation(path: Path, work: Path) -> None:
     write_sheet(path, "Each transform alone, at the strongest setting that training draws", rows, zoom=2)
 
 
+def draw_prediction(path: Path, work: Path) -> None:
+    """Test heads of fold 0: the slice with the most lesion, as it is, with the reference, with the prediction."""
+    scans, fold = work / "lesions", work / "finetune" / "fold0"
+    cases = {case["case"]: case["classes"] for case in json.loads((fold / "results.json").read_text())["cases"]}
+    rows = []
+    for name in sorted(cases)[:3]:
+        image, label, prediction = (
+            oriented_volume(folder / f"{name}.nii.gz")
+            for folder in (scans / "images", scans / "labels", fold / "predictions")
+        )
+        height = int(np.argmax((label == 1).sum(axis=(0, 1))))
+        shown, reference, found = (middle_slices(v[:, :, height : height + 1])[0] for v in (image, label, prediction))
+        grey = shown / np.quantile(image, 0.995)
+        dice = ", ".join(f"{100 * cases[name][c]['dice']:.0f} %" for c in sorted(cases[name]))
+        panels = [Panel(grey, "scan"), Panel(grey, "reference", reference), Panel(grey, f"prediction: {dice}", found)]
+        rows.append(Row(name, panels))
+    heading = (
+        f"Test heads, {FINETUNE_STEPS} steps on 20 others; Dice of the whole scan: lesion (orange), ventricle (blue)"
+    )
+    write_sheet(path, heading, rows, zoom=3)
+
+
+def oriented_volume(path: Path) -> np.ndarray:
+    """A NIfTI file, (X, Y, Z), RAS+."""
+    return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
+
+
 def draw_data(path: Path, work: Path) -> None:
     """One scan at every station of pretraining: the middle slice of the volume, then of a patch of it."""
     data, objective, network = pretraining(work)
@@ -159,7 +193,12 @@ def draw_data(path: Path, work: Path) -> None:
     write_sheet(path, "From a file to the loss of pretraining: a held-out synthetic head", [Row("", panels)])
 
 
-DRAWINGS = {"pretraining.png": draw_pretraining, "augmentation.png": draw_augmentation, "data.png": draw_data}
+DRAWINGS = {
+    "pretraining.png": draw_pretraining,
+    "augmentation.png": draw_augmentation,
+    "data.png": draw_data,
+    "prediction.png": draw_prediction,
+}
 
 
 def main(args: argparse.Namespace) -> int:
