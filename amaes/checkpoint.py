@@ -9,13 +9,11 @@ A checkpoint holds tensors and plain data only, so that `torch.load(weights_only
 from __future__ import annotations
 
 import re
-import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,81 +21,15 @@ from amaes.files import write_json, written_whole
 from amaes.models.build import build_network
 from amaes.models.transfer import Transfer, fits_architecture, fitting_architectures, transfer_weights
 from amaes.published import Imported, convert
+from amaes.weights.tensor_files import read
 
 if TYPE_CHECKING:
     from amaes.data.store import Store
     from amaes.models.network import Network
 
 FORMAT = "amaes-checkpoint-1"
-MAX_REPEATED_BYTES = 2**31  # that a tensor may claim by repeating what is stored once
-
-# NumPy's numbers and arrays, which older published files keep beside their tensors: plain data, no code.
-_MULTIARRAY = getattr(np, "_core", None) or np.core  # NumPy 2 renamed it
-_NUMPY = [
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"},
-    *(
-        (function, f"{package}.multiarray.{function.__name__}")
-        for function in (_MULTIARRAY.multiarray.scalar, _MULTIARRAY.multiarray._reconstruct)
-        for package in ("numpy.core", "numpy._core")
-    ),
-]
-
 
 # Files ----------------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> dict:
-    """A checkpoint as a dictionary, on the CPU; nothing in the file is executed.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, or not a file of tensors and plain data.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    if zipfile.is_zipfile(path):  # torch never compresses; a small file that unpacks to a huge one was made on purpose
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError(f"{path}: not a checkpoint (its entries are compressed)")
-            if (entry := _damaged_entry(archive)) is not None:
-                raise ValueError(f"{path}: damaged, the checksum of {entry} is wrong; copy it again or take another")
-    try:
-        with torch.serialization.safe_globals(_NUMPY), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is read, or refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file can raise anything
-        reason = "it holds other objects" if "weights_only" in str(error) else str(error).split("\n")[0][:120]
-        raise ValueError(
-            f"{path}: not a checkpoint ({reason or type(error).__name__}); only tensors and plain data are read"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
-    for name, tensor in _tensors(content):
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
-            raise ValueError(f"{path}: its tensor {name} is {kind}, expected plain numbers")
-        if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), MAX_REPEATED_BYTES):
-            raise ValueError(f"{path}: its tensor {name} claims {tuple(tensor.shape)}, the file holds less than that")
-    return content
-
-
-def _damaged_entry(archive: zipfile.ZipFile) -> str | None:
-    """The first entry whose content does not have its checksum, which torch.load does not compare."""
-    try:
-        return archive.testzip()
-    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
-        return f"an entry ({error})"
-
-
-def _tensors(content: Mapping, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of nested dictionaries, with their names."""
-    for key, value in content.items():
-        if isinstance(value, torch.Tensor):
-            yield f"{name}{key}", value
-        elif isinstance(value, Mapping):
-            yield from _tensors(value, f"{name}{key}.")
 
 
 def save(folder: Path, content: dict, keep: int) -> Path:

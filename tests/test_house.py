@@ -21,6 +21,7 @@ STATIONS = [
     {"data"},
     {"augment"},
     {"objectives"},
+    {"weights"},
     {"published"},
     {"checkpoint"},
     {"inference"},
