@@ -1,7 +1,8 @@
-"""The benchmark of a GPU runs whole on tiny sizes, and says what it needs where there is no GPU."""
+"""The benchmarks: that of a GPU runs whole on tiny sizes; damaged files are made, and lost ones noticed."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,28 @@ def test_views_of_weights_are_not_counted_as_kept_memory(monkeypatch):
     assert kept_bytes(lambda: ops.pointwise(x, layer.weight, layer.bias)) == x.numel() * 4
     block = Block(64, 64, 4)  # 130 kB of weights, kept as views
     assert kept_bytes(lambda: block(x.expand(1, 4, 2, 3, 4).repeat(1, 16, 1, 1, 1))) < 4 * 4 * 64 * 24 + 4096
+
+
+def test_damaged_files_are_answered_one_by_one(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import fuzz
+
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--count", "25", "--seed", "5", "--keep", str(tmp_path / "kept")])
+    assert fuzz.main() == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    (line,) = said.out.splitlines()
+    counts = {name: int(count) for count, name in re.findall(r"(\d+) (\w[\w ]*)", line)}
+    assert line.startswith("25 files, seed 5: ")
+    assert counts["ok"] > 0 < counts["rejected"]
+    assert counts["ok"] + counts["rejected"] == 25
+    report = tmp_path / "kept" / "000000" / "store" / "report.jsonl"
+    lines = report.read_text().splitlines(keepends=True)
+
+    def preprocess(command, **options):  # as if a run had lost an input and named another one twice
+        report.write_text("".join([*lines[1:], lines[1]]))
+        return subprocess.CompletedProcess(command, 1, b"", b"Traceback (most recent call last):")
+
+    monkeypatch.setattr(fuzz.subprocess, "run", preprocess)
+    _, _, faults = fuzz.preprocess(report.parent.parent, [], 20)
+    assert [text.split(": ")[0] for text in faults] == ["tracebacks", "counted wrongly"]

@@ -82,6 +82,7 @@ def to_stored_axes(array: np.ndarray, ornt: np.ndarray) -> np.ndarray:
     return stored[tuple(slice(None, None, -1 if sign < 0 else 1) for _, sign in ornt)]
 
 
+@np.errstate(invalid="ignore", over="ignore")  # damaged headers: infinite, or NaN, which is no distance within a limit
 def corner_distance(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
     """Largest distance in mm between the corners of two volumes of one shape.
 

@@ -97,7 +97,7 @@ class Header:
         return self.grid @ inv_ornt_aff(self.ornt, self.shape[:3])
 
 
-@np.errstate(invalid="ignore")  # damaged headers hold signalling NaNs
+@np.errstate(invalid="ignore", over="ignore")  # damaged headers hold signalling NaNs, and numbers without a square
 def parse_header(
     path: Path, stream: BinaryIO, *, channels: int, strict: bool, assume_ras: bool, axes: np.ndarray | None
 ) -> Header:
