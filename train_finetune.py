@@ -146,7 +146,8 @@ def main(args: argparse.Namespace) -> int:
         on_meta = build_network("segment", build, args.checkpoint_activations)
     if args.weights != SCRATCH:
         path = Path(args.weights)
-        checkpoint.check_preprocessing(path, checkpoint.read(path), store)
+        if line := checkpoint.check_preprocessing(path, checkpoint.read(path), store):
+            log(line)
         checkpoint.load_encoder(on_meta, path, args.stem, args.allow_partial, args.transfer)
     splits = distributed.from_main(splits_of(store, args) if ranks.is_main else None)
 

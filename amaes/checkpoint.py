@@ -21,6 +21,7 @@ from amaes.files import write_json, written_whole
 from amaes.models.build import build_network
 from amaes.models.transfer import Transfer, fits_architecture, fitting_architectures, transfer_weights
 from amaes.published import Imported, convert
+from amaes.weights.plan import compare, find_plan
 from amaes.weights.tensor_files import read
 
 if TYPE_CHECKING:
@@ -163,10 +164,10 @@ def check_preprocessing(
     store: Store,
     names: Sequence[str] = ("spacing", "normalization"),
     channels: bool = False,
-) -> None:
+) -> str:
     """Refuse a store whose volumes are prepared in another way than those that a checkpoint was trained on.
 
-    A published file does not tell how its volumes were prepared; it is accepted.
+    A published file is accepted; if a plan says how its volumes were prepared, the two are compared in words.
 
     Args:
         path: of the checkpoint, for messages.
@@ -175,11 +176,15 @@ def check_preprocessing(
         names: what must be equal, keys of the preprocessing configuration.
         channels: the names of the store's channels must be equal too.
 
+    Returns:
+        A line for the log; "": nothing is known beyond what was checked.
+
     Raises:
         ValueError: the two differ; shows both values.
     """
     if not isinstance(content.get("preprocess"), Mapping):
-        return
+        plan = find_plan(content, Path(path))
+        return "" if plan is None else compare(plan, store.config, path, store.path)
     trained = {name: content["preprocess"].get(name) for name in names}
     given = {name: store.config[name] for name in names}
     if channels:
@@ -190,6 +195,7 @@ def check_preprocessing(
             raise ValueError(
                 f"{path}: trained on volumes with {name} {value}, {store.path} has {given[name]}; {remedy}"
             )
+    return ""
 
 
 # Weights into an encoder ----------------------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ def import_weights(path: Path, arch: str | None = None) -> dict[str, torch.Tenso
 def _import(path: Path) -> Imported:
     content = read(path)
     if content.get("format") != FORMAT:
-        return convert(content, path)
+        return convert(content, path, find_plan(content, path))
     _check_entries(path, content, "task", "model", "build")
     with torch.device("meta"):
         variant = _rebuild(path, content).encoder.variant

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 
 from amaes.models.swin_unetr import WINDOW, position_index
+from amaes.weights.plan import RESIDUAL_ENCODERS, Plan, with_usual_names
+from amaes.weights.tensor_files import find_weights, without_wrappers
 
 Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]  # (pattern, replacement), applied in order
-
-_WRAPPERS = re.compile(r"\b(module|model|_orig_mod)\.")  # of DDP, Lightning, torch.compile
 
 # Stage i counts from full resolution with us, in order of execution with them.
 _UNET: Rules = (
@@ -146,32 +146,37 @@ class Imported:
     dropped: list[str] = field(default_factory=list)
 
 
-def convert(content: Mapping, where: object) -> Imported:
+def convert(content: Mapping, where: object, plan: Plan | None = None) -> Imported:
     """Weights of a published file under our names.
 
     Args:
-        content: what the file holds: a state dict, or one under "state_dict", "network_weights" or "model". The
-            prefixes `module.`, `model.` and `_orig_mod.` are taken off wherever they stand.
+        content: what the file holds: a state dict, or one in an entry (`tensor_files.HOLDERS`). Prefixes of wrappers
+            such as `module.` are taken off wherever they stand.
         where: the file, for messages.
+        plan: of the file, if it has one.
 
     Raises:
-        ValueError: no tensors; names of no known family; two names that become the same; or a table of relative
-            positions for another window.
+        ValueError: no tensors; names of no known family; a network in 2D; names that are not as the plan says; two
+            names that become the same; or a table of relative positions for another window.
     """
-    for outer in ("state_dict", "network_weights", "model"):
-        if isinstance(content.get(outer), Mapping):
-            content = content[outer]
+    _, content = find_weights(content)
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{where}: holds no tensors; entries: {', '.join(map(str, list(content)[:5]))}")
     unwrapped: dict[str, torch.Tensor] = {}
     for key, value in tensors.items():
-        _add(unwrapped, _WRAPPERS.sub("", key), value, key, where)
+        _add(unwrapped, without_wrappers(key), value, key, where)
+    if plan is not None and plan.arch in (None, *RESIDUAL_ENCODERS):
+        unwrapped = with_usual_names(unwrapped, plan, where)
     family = recognise(unwrapped)
     if family is None:
-        raise ValueError(f"{where}: {_describe_unknown(unwrapped)}")
+        raise ValueError(f"{where}: {_describe_unknown(unwrapped, plan)}")
+    if 4 in (sides := {value.dim() for value in unwrapped.values()}) and 5 not in sides:
+        raise ValueError(f"{where}: {family.name} in 2D; the networks of this library are 3D, take the 3D weights")
     imported = Imported({}, family.name, family.variant)
-    for key, value in unwrapped.items():
+    for key, value in sorted(
+        unwrapped.items(), key=lambda item: bool(_SECOND_NAME.search(item[0]))
+    ):  # first names first
         if key == "dummy_tensor" or key.endswith(".relative_position_index"):
             _check_positions(key, value, where)
             imported.dropped.append(key)
@@ -185,10 +190,11 @@ def convert(content: Mapping, where: object) -> Imported:
     return imported
 
 
-def _describe_unknown(keys: Iterable[str]) -> str:
+def _describe_unknown(keys: Iterable[str], plan: Plan | None) -> str:
     keys = list(keys)
     network = next((name for name, mark in _OTHER_NETWORKS.items() if _any(mark, keys)), None)
     what = f"{network}, no architecture of this library" if network else "names of no file that is known here"
+    what += f"; its plan says {plan.arch}" if plan is not None and plan.arch is not None else ""
     known = ", ".join(family.name for family in FAMILIES)
     return f"{what} ({', '.join(keys[:2])}, ...); accepted: our checkpoints, {known}"
 

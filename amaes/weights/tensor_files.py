@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,10 @@ from amaes.files import written_whole
 
 SAFETENSORS = ".safetensors"
 MAX_REPEATED_BYTES = 2**31  # that a tensor may claim by repeating what is stored once
+# What other people's programs put around a state dict: entries of the file, and prefixes of its names (DDP, Lightning,
+# torch.compile, and networks within networks).
+HOLDERS = ("state_dict", "network_weights", "model", "model_state_dict")
+_WRAPPERS = re.compile(r"\b(module|model|base_model|network|net|_orig_mod)\.")
 _OURS = "amaes"  # entry of the metadata of a .safetensors file: JSON of what else the content held
 
 # NumPy's numbers and arrays, which older published files keep beside their tensors: plain data, no code.
@@ -49,13 +54,22 @@ def read(path: Path) -> dict:
     content = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_torch(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
+    check_tensors(path, content)
+    return content
+
+
+def check_tensors(path: Path, content: Mapping) -> None:
+    """Refuse tensors that are not plain numbers on the CPU, or claim more of them than the file holds.
+
+    Raises:
+        ValueError: names the tensor.
+    """
     for name, tensor in _tensors(content):
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
             raise ValueError(f"{path}: its tensor {name} is {kind}, expected plain numbers")
         if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), MAX_REPEATED_BYTES):
             raise ValueError(f"{path}: its tensor {name} claims {tuple(tensor.shape)}, the file holds less than that")
-    return content
 
 
 def _read_torch(path: Path) -> object:
@@ -117,6 +131,20 @@ def _import_safetensors(path: Path) -> ModuleType:
     except ImportError as error:
         raise ValueError(f"{path}: needs the package safetensors ({error}): pip install 'amaes[safetensors]'") from None
     return safetensors
+
+
+def find_weights(content: Mapping) -> tuple[str | None, Mapping]:
+    """The state dict in what a file holds, and the name of its entry; None: the content itself is taken as one."""
+    holder = None
+    for name in HOLDERS:
+        if isinstance(content.get(name), Mapping):
+            holder, content = name, content[name]
+    return holder, content
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a tensor without the prefixes of wrappers, wherever they stand."""
+    return _WRAPPERS.sub("", name)
 
 
 def _tensors(content: Mapping, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
