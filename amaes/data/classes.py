@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,11 +10,10 @@ import numpy as np
 import torch
 
 from amaes.data.store import Store
+from amaes.preprocess.config import PLACEHOLDER
 
 if TYPE_CHECKING:
     from amaes.data.several_stores import SeveralStores
-
-_PLACEHOLDER = re.compile(r"label_\d+")  # the name that preprocessing gives to a value without one
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def _join(stores: SeveralStores) -> tuple[list[dict[int, int]], dict[int, str]]:
         for value, name in sorted(store.labels.items()):
             if value == 0:
                 continue
-            full = f"{prefix}: {name}" if _PLACEHOLDER.fullmatch(name) else name
+            full = f"{prefix}: {name}" if PLACEHOLDER.fullmatch(name) else name
             index = class_of.setdefault(full.strip().casefold(), len(names))
             names.setdefault(index, full)
             values[value] = index

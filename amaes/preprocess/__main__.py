@@ -49,6 +49,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("the following arguments are required: --out")
     if args.shard is not None and args.overwrite:
         parser.error("--shard and --overwrite exclude each other: a shard started again would redo its cases")
+    if args.shard is not None and args.prune:
+        parser.error("--shard and --prune exclude each other: the run without --shard knows all cases")
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.qc is not None and (others := [name for name in given if name not in ("qc", "out")]):
         parser.error(f"{_flag(others[0])}: does not go with --qc, which takes --out alone")
@@ -58,7 +60,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 def _add_input_options(group: argparse._ArgumentGroup) -> None:
     kinds = group.add_mutually_exclusive_group(required=True)
     kinds.add_argument(
-        "--images", type=Path, metavar="DIR", help="folder of .nii and .nii.gz files, searched with its subfolders"
+        "--images",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="folders of .nii and .nii.gz files, searched with their subfolders",
     )
     kinds.add_argument(
         "--source",
@@ -75,7 +81,13 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         help="check a store instead of writing one: statistics, outliers, contact sheets",
     )
     _add_source_options(group)
-    group.add_argument("--labels", type=Path, metavar="DIR", help="folder of labels, named like the images")
+    group.add_argument(
+        "--labels",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="folders of labels, named like the images; one for each folder of --images",
+    )
     group.add_argument(
         "--label-name", metavar="NAME", help="labels lie beside the images and are called NAME, *_NAME or *-NAME"
     )
@@ -135,10 +147,15 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
         "--out",
         type=Path,
         metavar="STORE",
-        help="folder to write; cases that are in it already are kept. With --qc: folder of the result (default: "
-        "STORE/qc)",
+        help="folder to write; a store that is there grows: its cases are kept. With --qc: folder of the result "
+        "(default: STORE/qc)",
     )
-    group.add_argument("--overwrite", action="store_true", help="redo cases that are done, and accept other settings")
+    group.add_argument(
+        "--overwrite", action="store_true", help="redo cases that are done, from other files or with other settings"
+    )
+    group.add_argument(
+        "--prune", action="store_true", help="take cases out of the store that are not among these, and delete them"
+    )
     group.add_argument(
         "--shard",
         type=_shard,
@@ -272,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         config,
         workers=args.workers,
         overwrite=args.overwrite,
+        prune=args.prune,
         fail_fast=args.fail_fast,
         progress=True,
         shard=args.shard,
@@ -282,22 +300,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def _from_images(args: argparse.Namespace) -> tuple[Collection, dict[int, int]]:
     """The cases of --images, and the label map; prints the cases of a dry run."""
-    from amaes.preprocess.find_cases import collect
+    from amaes.preprocess.several_folders import collect_folders
 
     for name in SOURCE_OPTIONS:
         if value := getattr(args, name):
             values = "" if value is True else f" {' '.join(value)}"
             raise ValueError(f"{_flag(name)}{values}: goes with --source")
-    collection = collect(
+    collection = collect_folders(
         args.images,
-        args.labels,
+        args.labels or (),
         channels=args.channels or (),
         label_name=args.label_name,
         subject=args.subject,
         missing_channel=args.missing_channel,
     )
     if args.dry_run:
-        _print("\n  note: ".join([f"{args.images}: {collection.summary()}", *collection.notes]) + "\n")
+        folders = ", ".join(map(str, args.images))
+        _print("\n  note: ".join([f"{folders}: {collection.summary()}", *collection.notes]) + "\n")
     if args.corpus_filter == "on":
         items = [dataclasses.replace(item, corpus_filter=True) for item in collection.items]
         collection = dataclasses.replace(collection, items=items)

@@ -51,6 +51,7 @@ class Collection:
         notes: what the user should know, such as files that were not used.
         foreground_name: name of a single foreground class where no classes are declared.
         unused: files that belong to no case; filled only where cases are collected for a network, else they are a note.
+        names: of label values as the files hold them, given by the user; they go before all others.
     """
 
     items: list[Item]
@@ -59,6 +60,7 @@ class Collection:
     notes: list[str] = field(default_factory=list)
     foreground_name: str | None = None
     unused: list[Path] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line: how many cases of what."""

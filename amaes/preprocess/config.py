@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 FORMAT = "amaes-preproc-1"  # of the properties of a case; a new one where the same settings give other arrays
 STORE_FORMAT = "amaes-store-1"  # of a store's dataset.json
+PLACEHOLDER = re.compile(r"label_\d+")  # the name of a label value that has none
 CHOICES = {
     "normalization": ("unit", "zscore", "none"),
     "crop_from": ("union", "first"),

@@ -84,7 +84,7 @@ def collect(
         names, items = declared.channels or ["image"], [Item(id_of(root, path), (path,)) for path in files]
         if len(names) > 1:
             notes.append(f"dataset.json declares {len(names)} channels: each file must be 4-D, one volume per channel")
-    _check_ids(items, with_labels=not for_network)
+    check_ids(items, with_labels=not for_network)
     items = [_marked_if_incomplete(item, names, missing_channel) for item in items]
     items = items if for_network else [_marked_if_unnamable(item) for item in items]
     if labels is not None:
@@ -269,7 +269,7 @@ def _marked_if_unnamable(item: Item) -> Item:
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
-def _check_ids(items: Iterable[Item], with_labels: bool) -> None:
+def check_ids(items: Iterable[Item], with_labels: bool) -> None:
     """Refuse two inputs of one id; and a case "a_label" beside "a", whose label would be stored under that name."""
     item_of: dict[str, Item] = {}
     for item in items:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from amaes.cli import EXIT_OK, EXIT_REJECTED, as_options
 from amaes.preprocess.file_names import printable
+from amaes.preprocess.store_index import case_files, entry_of
 
 if TYPE_CHECKING:
     from amaes.preprocess.collection import Item
@@ -23,6 +24,7 @@ REMEDIES = {  # of a reason or warning: which setting helps
     "missing_channel": "`missing_channel` zeros fills",
     "background_not_min": "see `background_to_min`",
     "nonfinite_many": "`nan_background` zero takes NaN as 0",
+    "changed": "`overwrite` takes the new one",
     "overflow": "`dtype` float32 holds them",
 }
 
@@ -80,6 +82,8 @@ class Result:
         notes: what the user should know.
         seconds: that the run took.
         report: name of the report's file.
+        entries: of the whole index; None where none was written.
+        listed: ids that the index had before.
     """
 
     store: Path
@@ -88,6 +92,8 @@ class Result:
     notes: list[str]
     seconds: float
     report: str = "report.jsonl"
+    entries: list[dict] | None = None
+    listed: frozenset[str] = frozenset()
 
     def count(self, status: str) -> int:
         """How many inputs have this status."""
@@ -125,14 +131,30 @@ class Result:
         return lines
 
     def _content(self) -> list[str]:
-        """What is in the store now."""
+        """What is in the store now, and where it had cases before, what became of these."""
         done = [(item, outcome) for item, outcome in zip(self.items, self.outcomes, strict=True) if outcome.done]
-        subjects = sorted({item.subject for item, _ in done})
+        entries = [entry_of(*pair) for pair in done] if self.entries is None else self.entries
+        subjects = sorted({entry["subject"] for entry in entries})
         shown = ", ".join(subjects[:3]) + (", ..." if len(subjects) > 3 else "")
-        n_labelled = sum(item.label is not None for item, _ in done)
-        size = sum(outcome.n_bytes for _, outcome in done) / 1e9
-        text = f"{len(done)} cases of {len(subjects)} subjects ({shown}), {n_labelled} labelled, {size:.2f} GB"
+        n_labelled = sum(bool(entry["labelled"]) for entry in entries)
+        files = [path for entry in entries for path in case_files(self.store, entry["id"]) if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        text = f"{len(entries)} cases of {len(subjects)} subjects ({shown}), {n_labelled} labelled, {size / 1e9:.2f} GB"
         lines = [f"{self.store}: {text}"]
-        if sources := Counter(item.subject.split("/")[0] for item, _ in done if "/" in item.subject):
+        if sources := Counter(entry["subject"].split("/")[0] for entry in entries if "/" in entry["subject"]):
             lines.append("  of " + ", ".join(f"{name} {count}" for name, count in sorted(sources.items())))
+        if self.listed and self.entries is not None:
+            lines.append(f"  {self._growth({item.id: outcome for item, outcome in done})}")
         return lines
+
+    def _growth(self, done: dict[str, Outcome]) -> str:
+        """What became of the cases that the store had before the run."""
+        ids = {entry["id"] for entry in self.entries}
+        again = sum(outcome.row["status"] == "ok" for id, outcome in done.items() if id in self.listed)
+        numbers = {
+            "added": len(ids - self.listed),
+            "done again": again,
+            "kept": len(ids & self.listed) - again,
+            "taken out": len(self.listed - ids),
+        }
+        return "cases: " + ", ".join(f"{number} {what}" for what, number in numbers.items())

@@ -27,7 +27,14 @@ FOREGROUND_SAMPLES = 10_000  # voxels remembered per class, to place patches on
 
 
 def store_case(
-    item: Item, *, store: Path, config: Config, collection: Collection, redo: bool, only_done: bool = False
+    item: Item,
+    *,
+    store: Path,
+    config: Config,
+    collection: Collection,
+    redo: bool,
+    listed: frozenset[str] = frozenset(),
+    only_done: bool = False,
 ) -> Outcome:
     """Preprocess and save one case; whatever goes wrong becomes its line of the report.
 
@@ -37,6 +44,7 @@ def store_case(
         config: the settings.
         collection: for its channels and classes.
         redo: preprocess a case again that is in the store.
+        listed: ids in the index of the store; such a case is not replaced by another image or label.
         only_done: preprocess nothing; say only whether the case is in the store.
     """
     began = time.perf_counter()
@@ -55,6 +63,8 @@ def store_case(
             return not_done(item, "not_run", "not run")
         else:
             case = _preprocessed(item, config, collection)
+            if item.id in listed and not redo:
+                _check_same_content(store, item, case)
             properties = _save(store, item, case, np.dtype(config.dtype), stamps)
         row |= {"warnings": properties["warnings"], "shape": properties["shape"]}
         row["seconds"] = round(time.perf_counter() - began, 3)
@@ -84,6 +94,33 @@ def _preprocessed(item: Item, config: Config, collection: Collection) -> Preproc
         volumes_in_file=volumes_in_file,
         corpus_filter=item.corpus_filter,
     )
+
+
+def _check_same_content(store: Path, item: Item, case: PreprocessedCase) -> None:
+    """Refuse to replace a case of the store by other images or another label.
+
+    Raises:
+        RejectedInput: "changed"; a case whose record or label is damaged is taken.
+    """
+    _, label, record = case_files(store, item.id)
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        made_with = before["config_hash"], before["channels"]
+        digests = before["channel_sha256"]
+        stored = np.load(label, allow_pickle=False) if label.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return
+    if made_with != (case.properties["config_hash"], case.properties["channels"]):
+        return
+    if digests != _digests(case.image):
+        raise RejectedInput("changed", item.files[0], "not the image that the store has")
+    if stored is not None and case.label is not None and not np.array_equal(stored, case.label):
+        raise RejectedInput("changed", item.files[-1], "not the label that the store has")
+
+
+def _digests(image: np.ndarray) -> list[str]:
+    """SHA-256 of each channel, float32 in C order."""
+    return [hashlib.sha256(channel).hexdigest() for channel in image]
 
 
 def _stamps(item: Item) -> list[list | None]:
@@ -136,7 +173,7 @@ def _save(store: Path, item: Item, case: PreprocessedCase, dtype: np.dtype, stam
         "sequence": item.sequence,
         "shape": list(case.image.shape[1:]),
         "foreground": foreground,
-        "channel_sha256": [hashlib.sha256(channel).hexdigest() for channel in case.image],  # of the float32, C order
+        "channel_sha256": _digests(case.image),
         "corpus_filter": item.corpus_filter,
         "source_stamps": stamps,
     }

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,11 @@ from tqdm import tqdm
 from amaes.files import is_disk_full, locked, written_whole
 from amaes.preprocess.collection import Collection, Item
 from amaes.preprocess.config import Config
+from amaes.preprocess.earlier_cases import Earlier, prepare_folder
 from amaes.preprocess.processes import in_processes
 from amaes.preprocess.report import STATUSES, Outcome, Result, not_done
 from amaes.preprocess.store_case import store_case
-from amaes.preprocess.store_index import class_names, prepare_folder, remove_temporary, write_index
+from amaes.preprocess.store_index import case_files, class_names, entry_of, remove_temporary, write_index
 
 PROJECTION = 20  # cases after which disk and time are projected
 
@@ -31,43 +32,42 @@ def write_store(
     *,
     workers: int = 0,
     overwrite: bool = False,
+    prune: bool = False,
     fail_fast: bool = False,
     progress: bool = False,
     shard: tuple[int, int] | None = None,
 ) -> Result:
-    """Preprocess all cases into a store; cases that are in it already are kept.
+    """Preprocess all cases into a store; cases that are in it already are kept, those of other inputs as well.
 
     Args:
         collection: of `collect` or `collect_sources`.
         store: folder to write.
         config: the settings.
         workers: processes of one thread each; 0 = this process. The arrays do not depend on it.
-        overwrite: redo cases that are done, and accept a store of other settings.
+        overwrite: redo cases that are done, from other files or with other settings.
+        prune: take cases out of the store that are not among these, and delete their arrays.
         fail_fast: stop at the first input that is rejected or fails.
         progress: show a bar on stderr.
         shard: (i, n): only the cases i, i + n, i + 2n, ..., while other processes do the others; writes no index. The
             same call without it then keeps those cases, does what is missing and writes the index.
 
     Raises:
-        ValueError: the folder holds a store of other settings or something else, others are writing it, or not one
-            input could be used.
+        ValueError: the folder holds a store of other settings, cases of the same ids made from other files, or
+            something else; others are writing it; or not one input could be used.
         OSError: the disk is full; what was written is complete, and the same call continues.
     """
-    store, began = Path(store), time.perf_counter()
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{store}: cannot be made a folder ({error.strerror})") from error
+    store, began = _made_folder(Path(store)), time.perf_counter()
     items, report = collection.items, "report.jsonl"
     if shard is not None:
-        if overwrite:
-            raise ValueError("`shard` and `overwrite` exclude each other: a shard started again would redo its cases")
+        _refuse_with_shard(overwrite, prune)
         items, report = items[shard[0] :: shard[1]], f"report-shard-{shard[0]}-of-{shard[1]}.jsonl"
+    shard_items = None if shard is None else items
     with _locks(store, shard), _disk_full_explained(store):
-        shard_items = None if shard is None else items
-        notes = [*collection.notes, *prepare_folder(store, collection, config, overwrite=overwrite, items=shard_items)]
+        earlier = prepare_folder(store, collection, config, overwrite=overwrite, prune=prune, items=shard_items)
+        notes, entries = list(collection.notes), None
         without_items = Collection([], collection.channels, collection.classes)  # what a worker needs of it
-        job = partial(store_case, store=store, config=config, collection=without_items, redo=overwrite)
+        made_with = {"config": config, "collection": without_items, "redo": overwrite}
+        job = partial(store_case, store=store, **made_with, listed=earlier.listed)
         try:
             outcomes = _run(items, job, store / report, workers=workers, fail_fast=fail_fast, progress=progress)
         finally:
@@ -76,10 +76,25 @@ def write_store(
         with written_whole(store / report) as file:
             file.writelines(outcome.line() for outcome in outcomes)
         if shard is None:
-            _finish(store, collection, config, outcomes, notes)
-    result = Result(store, items, outcomes, notes, time.perf_counter() - began, report)
+            entries = _finish(store, collection, config, outcomes, earlier, notes)
+    result = Result(store, items, outcomes, notes, time.perf_counter() - began, report, entries, earlier.listed)
     assert len(items) == len(outcomes) == sum(result.count(status) for status in STATUSES)
     return result
+
+
+def _made_folder(store: Path) -> Path:
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{store}: cannot be made a folder ({error.strerror})") from error
+    return store
+
+
+def _refuse_with_shard(overwrite: bool, prune: bool) -> None:
+    if overwrite:
+        raise ValueError("`shard` and `overwrite` exclude each other: a shard started again would redo its cases")
+    if prune:
+        raise ValueError("`shard` and `prune` exclude each other: the run without `shard` knows all cases")
 
 
 @contextmanager
@@ -153,12 +168,31 @@ def _earlier(outcome: Outcome, item: Item, job: Callable[..., Outcome]) -> Outco
     return earlier if earlier.done else outcome
 
 
-def _finish(store: Path, collection: Collection, config: Config, outcomes: list[Outcome], notes: list[str]) -> None:
-    """Write the index; ValueError where nothing could be used."""
-    done = [(item, outcome) for item, outcome in zip(collection.items, outcomes, strict=True) if outcome.done]
+def _finish(
+    store: Path, collection: Collection, config: Config, outcomes: list[Outcome], earlier: Earlier, notes: list[str]
+) -> list[dict]:
+    """Write the index, delete what is taken out, return the entries; ValueError where no input could be used."""
+    outcome_of = dict(zip((item.id for item in collection.items), outcomes, strict=True))
+    done = {id: outcome for id, outcome in outcome_of.items() if outcome.done}
+    staying = earlier.entries_beside(outcome_of, store)
+    entries = [entry_of(item, done[item.id]) for item in collection.items if item.id in done] + staying
+    entries.sort(key=lambda entry: entry["id"])
+    if entries:
+        values = [value for outcome in done.values() for value in outcome.label_values]
+        labels = class_names(collection, config, values, notes, before=earlier.labels if staying else None)
+        raw_values = {value for outcome in done.values() for value in outcome.raw_label_values}
+        raw_values |= earlier.raw_values if staying else set()
+        write_index(store, collection.channels, config.with_values(raw_values), labels, entries)
     if not done:
         row = outcomes[0].row
         raise ValueError(f"none of {len(outcomes)} inputs could be used; the first: {row['reason']}: {row['message']}")
-    labels = class_names(collection, config, [value for _, outcome in done for value in outcome.label_values], notes)
-    raw_values = {value for _, outcome in done for value in outcome.raw_label_values}
-    write_index(store, collection, config.with_values(raw_values), labels, done)
+    if earlier.prune:
+        _delete(store, earlier.listed - {entry["id"] for entry in entries})
+    return entries
+
+
+def _delete(store: Path, ids: Iterable[str]) -> None:
+    """Delete the arrays and records of cases that the index does not list any more."""
+    for id in ids:
+        for path in case_files(store, id):
+            path.unlink(missing_ok=True)

@@ -180,10 +180,9 @@ def test_predictions_are_reused_until_weights_or_settings_change(make_run, capsy
 
 
 def remake(store, level):
-    """Other images, label files as they were."""
-    images = store.parent / "images"
-    save_nifti(images / "b.nii.gz", scan(level), LPS)
-    write_store(collect(images, store.parent / "labels"), store, Config(label_map={4: 1}))
+    """Another image of one case, label files as they were."""
+    image = save_nifti(store.parent / "images" / "b.nii.gz", scan(level), LPS)
+    write_store(collect(image, store.parent / "labels"), store, Config(label_map={4: 1}), overwrite=True)
 
 
 def test_predictions_of_changed_images_are_made_again(make_run, store, capsys):

@@ -165,8 +165,8 @@ def test_a_case_that_was_never_filtered_is_looked_at_again(tmp_path, processed):
     save_nifti(tmp_path / "i/wide.nii.gz", make_volume((16, 20, 20)))
     line = ["--images", str(tmp_path / "i"), "--out", str(tmp_path / "s"), "--workers", "0"]
     assert main(line) == 0
-    assert main([*line, "--corpus-filter", "on"]) == 0
+    assert main([*line, "--corpus-filter", "on", "--prune"]) == 0
     assert processed == ["thin", "wide"] * 2
     assert [case["id"] for case in json.loads((tmp_path / "s/dataset.json").read_text())["cases"]] == ["wide"]
     assert main(line) == 0
-    assert processed == ["thin", "wide"] * 2
+    assert processed == ["thin", "wide"] * 2 + ["thin"]
