@@ -32,7 +32,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--window", choices=WINDOWS, default="parity", help=explanation)
     add("--foreground", type=cli.fraction, default=0.33, help="share of patches placed around a foreground voxel")
     add = parser.add_argument_group("weights").add_argument
-    add("--weights", default=SCRATCH, metavar="CKPT", help="checkpoint whose encoder is taken, or scratch")
+    add("--weights", default=SCRATCH, metavar="CKPT|RUN", help="file or run whose encoder is taken, or scratch")
     add("--transfer", choices=TRANSFERS, default="encoder", help="all: the decoder too, but for new heads")
     add("--stem", choices=STEMS, default="repeat", help="first convolution, where the channels differ")
     add("--allow-partial", action="store_true", help="take a file that gives less than 95 %% of the encoder")
@@ -145,7 +145,10 @@ def main(args: argparse.Namespace) -> int:
     with torch.device("meta"):
         on_meta = build_network("segment", build, args.checkpoint_activations)
     if args.weights != SCRATCH:
-        path = Path(args.weights)
+        path = checkpoint.find_one(args.weights)
+        if str(path) != args.weights:
+            log(f"weights: {path}")
+        args.weights = str(path)
         if line := checkpoint.check_preprocessing(path, checkpoint.read(path), store):
             log(line)
         checkpoint.load_encoder(on_meta, path, args.stem, args.allow_partial, args.transfer)

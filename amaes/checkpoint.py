@@ -20,6 +20,7 @@ from torch import nn
 from amaes.files import write_json, written_whole
 from amaes.models.build import build_network
 from amaes.models.transfer import Transfer, fits_architecture, fitting_architectures, transfer_weights
+from amaes.preprocess.config import Config
 from amaes.published import Imported, convert
 from amaes.weights.plan import compare, find_plan
 from amaes.weights.tensor_files import read
@@ -88,17 +89,61 @@ def latest(folder: Path, to_continue: bool = False) -> tuple[dict | None, Path |
     return None, None, skipped
 
 
+def find(path: str | Path) -> list[Path]:
+    """The files that a path stands for where checkpoints are expected.
+
+    Args:
+        path: a file, which stands for itself; a run, a fold or their folder `checkpoints`, which stand for the newest
+            checkpoint that is not damaged; of a run of several folds, for one of each fold.
+
+    Raises:
+        FileNotFoundError: a folder without a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    folds = [fold for fold in path.glob("fold*") if fold.name[4:].isdecimal() and (fold / "checkpoints").is_dir()]
+    folders = [fold / "checkpoints" for fold in sorted(folds, key=lambda fold: int(fold.name[4:]))]
+    if not folders:
+        folders = [path / "checkpoints" if (path / "checkpoints").is_dir() else path]
+    files = []
+    for folder in folders:
+        _, file, damaged = latest(folder)
+        if file is None:
+            raise FileNotFoundError(f"{folder}: " + ("; ".join(damaged) or "no checkpoint step-N.pt there"))
+        files.append(file)
+    return files
+
+
+def find_one(path: str | Path) -> Path:
+    """The one file that a path stands for (`find`).
+
+    Raises:
+        FileNotFoundError: a folder without a checkpoint.
+        ValueError: a run of several folds.
+    """
+    files = find(path)
+    if len(files) > 1:
+        raise ValueError(f"{path}: a run of {len(files)} folds, one network is expected, such as {files[0].parents[1]}")
+    return files[0]
+
+
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
-def load_segmenter(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+def load_segmenter(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """The segmentation network of a checkpoint, in evaluation mode, and the checkpoint without its tensors.
+
+    Args:
+        path: a file, a fold, or a run of one network (`find_one`).
+        device: of the network.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a checkpoint of this library, or one of pretraining.
     """
-    content = read(Path(path))
+    path = find_one(path)
+    content = read(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r}")
     _check_entries(path, content, "task")
@@ -111,6 +156,37 @@ def load_segmenter(path: Path, device: torch.device | str = "cpu") -> tuple[nn.M
     load_weights(network, path, content["model"])
     meta = {key: value for key, value in content.items() if key not in ("model", "optimizer")}
     return network.to(device).eval(), meta
+
+
+def load_ensemble(paths: Sequence[str | Path], device: torch.device | str = "cpu") -> tuple[list[nn.Module], dict]:
+    """Segmentation networks that see and say the same, so that their probabilities can be averaged.
+
+    Args:
+        paths: as of `load_segmenter`, at least one.
+        device: of the networks.
+
+    Returns:
+        The networks, and what `load_segmenter` tells of the first.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_segmenter`; or the networks differ in preprocessing, channels, classes
+            or patch size: names the two files and the values.
+    """
+    networks, metas = zip(*(load_segmenter(path, device) for path in paths), strict=True)
+    first = _seen_and_said(metas[0])
+    for path, meta in zip(paths, metas, strict=True):
+        for name, value in _seen_and_said(meta).items():
+            if value != first[name]:
+                text = f"{name} {value}, {paths[0]} has {first[name]}; an ensemble needs networks of one task"
+                raise ValueError(f"{path}: has {text}")
+    return list(networks), metas[0]
+
+
+def _seen_and_said(meta: Mapping) -> dict:
+    """What the networks of an ensemble must have in common."""
+    preprocess = Config.from_dict(meta["preprocess"]).as_dict()
+    own = {"channels": list(meta["channels"]), "labels": meta["labels"], "patch_size": list(meta["patch_size"])}
+    return {**preprocess, **own, "num_classes": meta["build"].get("num_classes")}
 
 
 def load_weights(network: nn.Module, path: Path, weights: Mapping[str, torch.Tensor]) -> None:
@@ -201,11 +277,11 @@ def check_preprocessing(
 # Weights into an encoder ----------------------------------------------------------------------------------------------
 
 
-def import_weights(path: Path, arch: str | None = None) -> dict[str, torch.Tensor]:
+def import_weights(path: str | Path, arch: str | None = None) -> dict[str, torch.Tensor]:
     """Weights of one of our checkpoints or of a published file (`amaes.published`), under our names.
 
     Args:
-        path: the file.
+        path: the file, or a run (`find_one`).
         arch: a key of ARCHITECTURES: refuse a file that does not hold the whole encoder of that name, the number of
             input channels aside.
 
@@ -213,7 +289,7 @@ def import_weights(path: Path, arch: str | None = None) -> dict[str, torch.Tenso
         FileNotFoundError: no such file.
         ValueError: see `read` and `amaes.published.convert`; or a file that does not fit `arch`.
     """
-    tensors = _import(Path(path)).tensors
+    tensors = _import(find_one(path)).tensors
     if arch is not None and not fits_architecture(tensors, arch):
         raise ValueError(f"{path}: does not hold the encoder of {arch}; {fitting_architectures(tensors)}")
     return tensors
@@ -230,7 +306,7 @@ def _import(path: Path) -> Imported:
 
 
 def load_encoder(
-    network: nn.Module, path: Path, stem: str = "repeat", allow_partial: bool = False, transfer: str = "encoder"
+    network: nn.Module, path: str | Path, stem: str = "repeat", allow_partial: bool = False, transfer: str = "encoder"
 ) -> Transfer:
     """Copy the encoder's weights from a file into `network.encoder`, and with `transfer` "all" also the decoder's.
 
@@ -238,7 +314,7 @@ def load_encoder(
 
     Args:
         network: has an attribute `encoder`, and for "all" `decoder`.
-        path: one of our checkpoints or a published file (`import_weights`).
+        path: one of our checkpoints, a run (`find_one`), or a published file (`import_weights`).
         stem: what the first convolution gets where the numbers of input channels differ. "repeat": the file's weights,
             summed over its channels and divided by the new number, so that equal channels give the old response;
             "random": its initial weights.
@@ -252,7 +328,8 @@ def load_encoder(
             encoder or another variant of it; with "all" it holds no decoder, or one of another kind; weights that are
             not finite; unknown `stem` or `transfer`. The network is unchanged then.
     """
-    imported = _import(Path(path))
+    path = find_one(path)
+    imported = _import(path)
     return transfer_weights(
         network,
         imported.tensors,

@@ -108,6 +108,30 @@ def _add_windows(
                 ) from error
 
 
+def ensemble_logits(
+    models: Sequence[nn.Module], image: np.ndarray | torch.Tensor, patch_size: Sequence[int], **options
+) -> torch.Tensor:
+    """Logits of a whole volume from one network; from several, the logarithm of the mean of their probabilities.
+
+    Memory: that of `sliding_window`, and for several networks once more its result.
+
+    Args:
+        models: one after the other sees the volume; at least one.
+        image, patch_size, options: of `sliding_window`.
+
+    Returns:
+        (K, X, Y, Z), float32.
+    """
+    total = sliding_window(models[0], image, patch_size, **options)
+    if len(models) == 1:
+        return total
+    total = total.log_softmax(0)
+    for model in models[1:]:
+        logits = sliding_window(model, image, patch_size, **options)
+        torch.logaddexp(total, logits.log_softmax(0).to(total.device), out=total)
+    return total - math.log(len(models))
+
+
 def predict_case(
     model: nn.Module, image: np.ndarray | torch.Tensor, properties: dict, patch_size: Sequence[int], **options
 ) -> np.ndarray:
@@ -290,6 +314,26 @@ def restore_labels(logits: torch.Tensor, properties: dict) -> np.ndarray:
     return np.ascontiguousarray(to_stored_axes(whole, np.asarray(properties["ras_ornt"], int)))
 
 
+@torch.inference_mode()
+def restore_probabilities(logits: torch.Tensor, properties: dict) -> np.ndarray:
+    """Probability of every class on the grid of the file; `restore_labels` gives the class of the largest.
+
+    Args:
+        logits, properties: of `restore_labels`.
+
+    Returns:
+        (X, Y, Z, K) on the file's axes, float32, sums to 1 over K; background has 1 outside the crop.
+    """
+    whole = np.zeros((*properties["ras_shape"], len(logits)), np.float32)
+    whole[..., 0] = 1
+    inside = whole[tuple(slice(start, stop) for start, stop in properties["crop_box"])]
+    resize = _Resize(logits, properties["cropped_shape"])
+    for rows in resize.slabs(len(logits)):
+        resized = torch.stack([resize(k, rows) for k in range(len(logits))])  # (K, planes, Y, Z)
+        inside[rows] = resized.softmax(0).movedim(0, 3).cpu().numpy()
+    return np.ascontiguousarray(to_stored_axes(whole, np.asarray(properties["ras_ornt"], int)))
+
+
 def undo_label_map(labels: np.ndarray, label_map: Mapping[int, int]) -> np.ndarray:
     """Class numbers to the values that the label files hold: the inverse of the label map of preprocessing.
 
@@ -324,24 +368,44 @@ def argmax_labels(logits: torch.Tensor) -> np.ndarray:
 @torch.inference_mode()
 def _argmax_slabs(logits: torch.Tensor, shape: Sequence[int]) -> Iterator[tuple[slice, np.ndarray]]:
     """Resize logits (K, x, y, z) to `shape` and take the largest: planes [a, b) of the first axis and their labels."""
-    shape, given = tuple(shape), tuple(logits.shape[1:])
-    low, high, share = _linear(given[0], shape[0], logits.device)
-    planes = max(1, _SLAB // max(shape[1] * shape[2], given[1] * given[2]))
-    for start in range(0, shape[0], planes):
-        rows = slice(start, min(start + planes, shape[0]))
-        best = torch.full((rows.stop - start, *shape[1:]), -torch.inf, device=logits.device)
+    resize = _Resize(logits, shape)
+    for rows in resize.slabs():
+        best = torch.full((rows.stop - rows.start, *shape[1:]), -torch.inf, device=logits.device)
         labels = torch.zeros_like(best, dtype=torch.uint8 if len(logits) <= 256 else torch.int32)
-        for k, channel in enumerate(logits):
-            # trilinear = linear along the first axis, which needs two planes of the input, then bilinear in the plane
-            if given[0] == shape[0]:
-                value = channel[rows].float()
-            else:
-                value = torch.lerp(channel[low[rows]].float(), channel[high[rows]].float(), share[rows, None, None])
-            if given[1:] != shape[1:]:
-                value = nn.functional.interpolate(value[:, None], shape[1:], mode="bilinear", align_corners=False)[:, 0]
+        for k in range(len(logits)):
+            value = resize(k, rows)
             labels.masked_fill_(value > best, k)  # the first of equal logits stays, as with argmax
             torch.maximum(best, value, out=best)
         yield rows, labels.cpu().numpy()
+
+
+class _Resize:
+    """Logits (K, x, y, z) resized to `shape` trilinearly, one class and a few planes of the first axis at a time."""
+
+    def __init__(self, logits: torch.Tensor, shape: Sequence[int]) -> None:
+        self._logits, self._shape, self._given = logits, tuple(shape), tuple(logits.shape[1:])
+        self._low, self._high, self._share = _linear(self._given[0], self._shape[0], logits.device)
+
+    def slabs(self, classes: int = 1) -> Iterator[slice]:
+        """Planes [a, b) that together have few voxels, `classes` at a time."""
+        voxels = max(math.prod(self._shape[1:]), math.prod(self._given[1:])) * classes
+        planes = max(1, _SLAB // voxels)
+        for start in range(0, self._shape[0], planes):
+            yield slice(start, min(start + planes, self._shape[0]))
+
+    def __call__(self, k: int, rows: slice) -> torch.Tensor:
+        """Class k in some planes: (planes, Y, Z)."""
+        channel = self._logits[k]
+        # trilinear = linear along the first axis, which needs two planes of the input, then bilinear in the plane
+        if self._given[0] == self._shape[0]:
+            value = channel[rows].float()
+        else:
+            low, high = channel[self._low[rows]].float(), channel[self._high[rows]].float()
+            value = torch.lerp(low, high, self._share[rows, None, None])
+        if self._given[1:] != self._shape[1:]:
+            bilinear = {"mode": "bilinear", "align_corners": False}
+            value = nn.functional.interpolate(value[:, None], self._shape[1:], **bilinear)[:, 0]
+        return value
 
 
 def _linear(size: int, wanted: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

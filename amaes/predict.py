@@ -1,8 +1,9 @@
 """Segment NIfTI files with a fine-tuned checkpoint, which brings everything else: preprocessing, channels, patch size.
 
-    python -m amaes.predict --weights CKPT --images FILE|DIR --out DIR
+    python -m amaes.predict --weights CKPT|RUN --images FILE|DIR --out DIR
 
-Begin with `predict_file`; `cases_to_predict` says which files are one case; the command line is at the end.
+Begin with `predict_file`, or with `predict_array` for arrays in memory; `cases_to_predict` says which files are one
+case; the command line is at the end.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ from amaes.preprocess.find_cases import NoSuchChannels, collect
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import nn
+
+    from amaes.preprocess.case import PreprocessedCase
 
 SEGMENTATION = re.compile(
     r"[_-](d?seg|segmentation|labels?|mask|gt)$", re.IGNORECASE
 )  # what such a file's name ends in
 
+PROBABILITIES = "probabilities"  # folder of --out
+
 
 def predict_file(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     meta: Mapping,
     paths: Sequence[str | Path | None],
     *,
@@ -48,7 +54,7 @@ def predict_file(
         write_like("labels.nii.gz", labels, properties)
 
     Args:
-        model, meta: of `amaes.checkpoint.load_segmenter`.
+        model, meta: of `amaes.checkpoint.load_segmenter`, or of `load_ensemble`.
         paths: one file per channel (None = missing, where the checkpoint's preprocessing allows that), or one 4-D file
             that holds them all.
         channels: names of the files or volumes, in their order (default: those of the checkpoint).
@@ -64,7 +70,47 @@ def predict_file(
         RejectedInput: a file cannot be used; its code says why.
         ValueError: another number of files than the checkpoint has channels, or other names.
     """
-    from amaes.inference import predict_case, undo_label_map  # here, as they need torch, and --help does not
+    case = prepare_files(meta, paths, channels)
+    return _labels(_logits(model, meta, case, **options), meta, case, restore_values), case.properties
+
+
+def predict_array(
+    model: nn.Module | Sequence[nn.Module],
+    array: np.ndarray,
+    affine: np.ndarray,
+    meta: Mapping,
+    *,
+    restore_values: bool = False,
+    **options,
+) -> np.ndarray:
+    """Segment an array in memory, exactly as the file that holds it would be.
+
+        model, meta = load_segmenter("RUN/fold0")
+        labels = predict_array(model, scan[None], affine, meta)
+
+    Args:
+        array: intensities as in the file, (C, X, Y, Z), channels in the order of meta["channels"].
+        affine: (4, 4), voxel to RAS+ mm; the axes may point anywhere.
+        model, meta, restore_values, options: of `predict_file`.
+
+    Returns:
+        Labels on the grid and axes of the array, (X, Y, Z).
+
+    Raises:
+        RejectedInput: the array cannot be used; its code says why.
+        ValueError: another number of channels.
+    """
+    from amaes.preprocess.case import preprocess_array
+    from amaes.preprocess.config import Config
+
+    case = preprocess_array(array, affine, Config.from_dict(meta["preprocess"]), meta["channels"])
+    return _labels(_logits(model, meta, case, **options), meta, case, restore_values)
+
+
+def prepare_files(
+    meta: Mapping, paths: Sequence[str | Path | None], channels: Sequence[str] | None = None
+) -> PreprocessedCase:
+    """The files of a case as the network of a checkpoint sees them; arguments and errors as of `predict_file`."""
     from amaes.preprocess.case import preprocess_case
     from amaes.preprocess.config import Config
     from amaes.preprocess.nifti import RejectedInput
@@ -76,13 +122,28 @@ def predict_file(
     if len(paths) == len(wanted):
         paths = [paths[k] for k in order]
     try:
-        case = preprocess_case(paths, config, channels=wanted, volumes=order if len(paths) < len(wanted) else None)
+        return preprocess_case(paths, config, channels=wanted, volumes=order if len(paths) < len(wanted) else None)
     except RejectedInput as error:
         if error.code == "bad_ndim" and len(paths) < len(wanted):  # not a 4-D file with all channels
             raise ValueError(f"{error.path.name}: {_channel_mismatch(wanted, 1)}") from error
         raise
-    labels = predict_case(model, case.image, case.properties, meta["patch_size"], **options)
-    return undo_label_map(labels, config.label_map) if restore_values else labels, case.properties
+
+
+def _logits(model: nn.Module | Sequence[nn.Module], meta: Mapping, case: PreprocessedCase, **options) -> torch.Tensor:
+    """Logits (K, x, y, z) on the grid of the preprocessed case."""
+    from amaes.inference import ensemble_logits  # here, as it needs torch, and --help does not
+
+    models = model if isinstance(model, Sequence) else [model]
+    return ensemble_logits(models, case.image, meta["patch_size"], **options)
+
+
+def _labels(logits: torch.Tensor, meta: Mapping, case: PreprocessedCase, restore_values: bool) -> np.ndarray:
+    """Class numbers on the grid of the case's file, or the values of the label files that were trained on."""
+    from amaes.inference import restore_labels, undo_label_map
+    from amaes.preprocess.config import Config
+
+    labels = restore_labels(logits, case.properties)
+    return undo_label_map(labels, Config.from_dict(meta["preprocess"]).label_map) if restore_values else labels
 
 
 def channel_order(given: Sequence[str], wanted: Sequence[str]) -> list[int]:
@@ -217,7 +278,15 @@ def _channel_mismatch(channels: Sequence[str], count: int) -> str:
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = cli.Parser(description="Segment NIfTI files with a fine-tuned checkpoint.")
-    parser.add_argument("--weights", type=Path, required=True, metavar="CKPT", help="checkpoint of train_finetune.py")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="CKPT|RUN",
+        help="checkpoint of train_finetune.py, a fold, or a run: its newest; the probabilities of several, and of all "
+        "folds of a run, are averaged",
+    )
     parser.add_argument(
         "--images",
         type=Path,
@@ -240,6 +309,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         help="write the values of the label files that were trained on, not class numbers: undoes --label-map of "
         "preprocessing, except for classes that several values were mapped to",
     )
+    parser.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="also write DIR/probabilities/<case>.nii.gz: (X, Y, Z, classes), float32",
+    )
     add_inference_options(parser)
     return parser.parse_args(argv)
 
@@ -249,9 +323,11 @@ def main(args: argparse.Namespace) -> int:
     from amaes import checkpoint
     from amaes.distributed import pick_device
     from amaes.inference import MIRROR_AXES
-    from amaes.preprocess.nifti import write_like
 
-    model, meta = checkpoint.load_segmenter(args.weights, pick_device(args.device))
+    files = [file for path in args.weights for file in checkpoint.find(path)]
+    if files != args.weights:
+        sys.stderr.write(f"weights: {', '.join(map(str, files))}\n")
+    models, meta = checkpoint.load_ensemble(files, pick_device(args.device))
     collection = cases_to_predict(args.images, meta["channels"], meta["preprocess"].get("missing_channel", "error"))
     outputs = _output_files(collection, args.out)
     for note in collection.notes:
@@ -259,6 +335,8 @@ def main(args: argparse.Namespace) -> int:
     if args.tta:
         sys.stderr.write("--tta: every window is predicted in 8 mirrorings, 8 times the time\n")
 
+    windows = {"overlap": args.overlap, "tta_axes": MIRROR_AXES if args.tta else ()}
+    windows |= {"batch_size": args.batch_size, "precision": args.precision}
     failed = {str(path): "not used, no channel of the checkpoint" for path in collection.unused}
     done = 0
     for item in collection.items:
@@ -266,18 +344,7 @@ def main(args: argparse.Namespace) -> int:
         try:
             if item.problem is not None:
                 raise ValueError(item.problem[1])
-            labels, properties = predict_file(
-                model,
-                meta,
-                item.images,
-                channels=collection.channels,
-                restore_values=args.restore_labels,
-                overlap=args.overlap,
-                tta_axes=MIRROR_AXES if args.tta else (),
-                batch_size=args.batch_size,
-                precision=args.precision,
-            )
-            write_like(outputs[item.id], labels, properties)
+            properties, shape = _predict_item(models, meta, collection, item, outputs[item.id], args, windows)
         except Exception as error:  # whatever one case does, the others go on
             if sys.flags.dev_mode:
                 raise
@@ -287,10 +354,33 @@ def main(args: argparse.Namespace) -> int:
         done += 1
         for warning in properties["warnings"]:
             sys.stderr.write(f"{item.id}: {cli.as_options(warning)}\n")
-        shape, seconds = " x ".join(map(str, labels.shape)), time.perf_counter() - began
-        sys.stdout.write(f"{outputs[item.id]}: {shape} voxels, {seconds:.1f} s\n")
+        sides, seconds = " x ".join(map(str, shape)), time.perf_counter() - began
+        sys.stdout.write(f"{outputs[item.id]}: {sides} voxels, {seconds:.1f} s\n")
         sys.stdout.flush()
     return _report_failures(collection, failed, done)
+
+
+def _predict_item(
+    models: Sequence[nn.Module],
+    meta: Mapping,
+    collection: Collection,
+    item: Item,
+    output: Path,
+    args: argparse.Namespace,
+    windows: dict,
+) -> tuple[dict, tuple[int, ...]]:
+    """Predict one case and write its files; its properties and the shape of its labels."""
+    from amaes.inference import restore_probabilities
+    from amaes.preprocess.nifti import write_like, write_probabilities
+
+    case = prepare_files(meta, item.images, collection.channels)
+    logits = _logits(models, meta, case, **windows)
+    if args.probabilities:
+        path = args.out / PROBABILITIES / output.relative_to(args.out)
+        write_probabilities(path, restore_probabilities(logits, case.properties), case.properties)
+    labels = _labels(logits, meta, case, args.restore_labels)
+    write_like(output, labels, case.properties)
+    return case.properties, labels.shape
 
 
 def _output_files(collection: Collection, folder: Path) -> dict[str, Path]:

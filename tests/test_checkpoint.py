@@ -350,3 +350,37 @@ def test_files_that_would_unpack_to_more_than_they_are_get_refused(tmp_path):
     torch.save({"model": {"w": torch.zeros(1).expand(10**6, 10**6)}}, tmp_path / "expanded.pt")
     with pytest.raises(ValueError, match=r"its tensor model\.w claims \(1000000, 1000000\)"):
         checkpoint.read(tmp_path / "expanded.pt")
+
+
+# A run in place of a file ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_stands_for_the_newest_sound_checkpoint_of_each_fold(tmp_path):
+    for fold, step in ((0, 1), (0, 2), (2, 3), (10, 3)):
+        checkpoint.save(tmp_path / f"fold{fold}" / "checkpoints", content(step), keep=9)
+    (tmp_path / "fold0" / "checkpoints" / "step-2.pt").write_bytes(b"cut short")
+    (tmp_path / "fold1").mkdir()
+    expected = [tmp_path / f"fold{k}" / "checkpoints" / f"step-{step}.pt" for k, step in ((0, 1), (2, 3), (10, 3))]
+    assert checkpoint.find(tmp_path) == expected
+    for path in (tmp_path / "fold2", tmp_path / "fold2" / "checkpoints", str(expected[1])):
+        assert checkpoint.find_one(path) == expected[1]
+    with pytest.raises(ValueError, match=r"a run of 3 folds, one network is expected, such as .*fold0$"):
+        checkpoint.find_one(tmp_path)
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint step-N\.pt there"):
+        checkpoint.find(tmp_path)
+    checkpoint.save(tmp_path / "checkpoints", content(1), keep=1).write_bytes(b"cut short")
+    with pytest.raises(FileNotFoundError, match=r"step-1\.pt: skipped, it is damaged"):
+        checkpoint.find(tmp_path)
+
+
+def test_networks_are_loaded_from_runs(tmp_path):
+    torch.manual_seed(0)
+    source, target = build_autoencoder("unet_tiny"), build_segmenter("unet_tiny")
+    checkpoint.save(tmp_path / "checkpoints", ours(source.state_dict()) | {"step": 4}, keep=1)
+    checkpoint.load_encoder(target, tmp_path)
+    for name, value in source.encoder.state_dict().items():
+        assert torch.equal(target.encoder.state_dict()[name], value)
+    assert checkpoint.import_weights(tmp_path).keys() == source.state_dict().keys()

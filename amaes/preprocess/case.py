@@ -16,7 +16,7 @@ import numpy as np
 from amaes.preprocess import normalize, resample
 from amaes.preprocess.config import FORMAT, Config
 from amaes.preprocess.nifti_header import Header, RejectedInput
-from amaes.preprocess.read_case import Channel, check_corpus, read_channels, read_label
+from amaes.preprocess.read_case import Channel, channels_of_array, check_corpus, read_channels, read_label
 
 MAX_SIDE, MAX_VOXELS = 1024, 512**3  # voxels after resampling
 NO_LABEL = {"raw_label_values": [], "label_values": [], "label_counts": {}, "label_voxels_outside_crop": 0}
@@ -73,20 +73,61 @@ def preprocess_case(
     _check_channels(paths, names, config)
     warnings: list[str] = []
     members = read_channels(paths, config, warnings, volumes_in_file=volumes_in_file or len(names), volumes=volumes)
-    present = [member for member in members if member is not None]
-    for member in present if corpus_filter else ():
-        check_corpus(member)
-    grid = _target_grid(present, config)
-    target, label_properties = None, dict(NO_LABEL)
-    if label is not None:  # before the images are computed, which a bad label would make useless
-        target, label_properties = _label_array(Path(label), grid, config, warnings, classes=classes)
-    image, intensity = _image_array(members, grid, config, warnings)
-    properties = {
-        "format": FORMAT,
+    for member in members if corpus_filter else ():
+        if member is not None:
+            check_corpus(member)
+    named = {
         "id": case_id,
         "source_files": [None if path is None else str(path) for path in images],
         "label_file": None if label is None else str(Path(label).absolute()),  # valid in any working folder
         "channels": names,
+    }
+    return _prepared(members, config, warnings, named, None if label is None else Path(label), classes)
+
+
+def preprocess_array(
+    array: np.ndarray, affine: np.ndarray, config: Config, channels: Sequence[str] = ()
+) -> PreprocessedCase:
+    """`preprocess_case` of an array in memory instead of files.
+
+    Args:
+        array: (C, X, Y, Z), real numbers.
+        affine: (4, 4), voxel to RAS+ mm; its axes may point anywhere.
+        config: the settings.
+        channels: names; by default image, or channel_0, channel_1, ...
+
+    Raises:
+        RejectedInput: the case cannot be used; `code` is the reason.
+        ValueError: another number of channels, or no four axes.
+    """
+    array = np.asarray(array)
+    names = list(channels) or (["image"] if len(array) == 1 else [f"channel_{k}" for k in range(len(array))])
+    if array.ndim != 4 or len(array) != len(names) or array.dtype.kind not in "iufb":
+        text = f"expected real numbers ({len(names)}, X, Y, Z), channels {', '.join(names)}"
+        raise ValueError(f"`array` is {array.dtype} {array.shape}; {text}")
+    warnings: list[str] = []
+    members = channels_of_array(array, affine, config, warnings)
+    named = {"id": "", "source_files": [], "label_file": None, "channels": names}
+    return _prepared(members, config, warnings, named)
+
+
+def _prepared(
+    members: Sequence[Channel | None],
+    config: Config,
+    warnings: list[str],
+    named: dict,
+    label: Path | None = None,
+    classes: Sequence[int] = (),
+) -> PreprocessedCase:
+    """The arrays of a case whose channels are read; `named` goes into its properties."""
+    grid = _target_grid([member for member in members if member is not None], config)
+    target, label_properties = None, dict(NO_LABEL)
+    if label is not None:  # before the images are computed, which a bad label would make useless
+        target, label_properties = _label_array(label, grid, config, warnings, classes=classes)
+    image, intensity = _image_array(members, grid, config, warnings)
+    properties = {
+        "format": FORMAT,
+        **named,
         **_geometry(grid.header),
         "crop_box": grid.box,
         "cropped_shape": [stop - start for start, stop in grid.box],

@@ -106,16 +106,29 @@ def write_like(path: str | Path, labels: np.ndarray, properties: dict) -> None:
     Raises:
         ValueError: shape or values do not fit, or the suffix is another.
     """
-    path, fields = Path(path), properties["header"]
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{path}: expected a name ending in .nii or .nii.gz")
-    shape = tuple(fields["shape"])
+    path, shape = Path(path), tuple(properties["header"]["shape"])
     if tuple(labels.shape) != shape[:3]:
         raise ValueError(f"{path.name}: labels have shape {tuple(labels.shape)}, the source file {shape[:3]}")
     top = int(labels.max(initial=0))
     if int(labels.min(initial=0)) < 0 or top > 65535:
         raise ValueError(f"{path.name}: label values must lie in 0..65535, found {labels.min()}..{top}")
-    stored = np.asarray(labels).astype("u1" if top <= 255 else "<u2")
+    _write_volume(path, np.asarray(labels).astype("u1" if top <= 255 else "<u2"), shape, properties)
+
+
+def write_probabilities(path: str | Path, probabilities: np.ndarray, properties: dict) -> None:
+    """Write the probability of every class, (X, Y, Z, K) float32, as `write_like` writes labels."""
+    shape = tuple(properties["header"]["shape"][:3])
+    if probabilities.ndim != 4 or probabilities.shape[:3] != shape:
+        name = Path(path).name
+        raise ValueError(f"{name}: probabilities have shape {probabilities.shape}, the source file {shape}")
+    _write_volume(Path(path), probabilities.astype("<f4"), probabilities.shape, properties)
+
+
+def _write_volume(path: Path, stored: np.ndarray, shape: tuple[int, ...], properties: dict) -> None:
+    """Write values as they are with the geometry of the file that the properties describe."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: expected a name ending in .nii or .nii.gz")
+    fields = properties["header"]
     header = nib.Nifti2Header(endianness="<") if fields["version"] == 2 else nib.Nifti1Header(endianness="<")
     header.set_data_dtype(stored.dtype)
     header["dim"] = [len(shape), *shape, *[1] * (7 - len(shape))]

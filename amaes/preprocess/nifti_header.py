@@ -6,8 +6,9 @@ it. What the header alone can tell is refused before data are read. Lengths are 
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -135,6 +136,31 @@ def parse_header(
         **geometry,
         fields=_fields(raw, version, (*shape[:3], *[1] * trailing)),
     )
+
+
+def header_of_array(shape: Sequence[int], affine: np.ndarray, name: str = "array") -> Header:
+    """The header that a file of an array would have, checked like that of a file.
+
+    Args:
+        shape: (X, Y, Z) of the array.
+        affine: (4, 4), voxel to RAS+ mm.
+        name: of the array, for messages.
+
+    Raises:
+        RejectedInput: the affine is no sound geometry.
+    """
+    affine = np.asarray(affine, np.float64)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise RejectedInput("singular_affine", name, f"expected an affine of 4 x 4 numbers, found {affine.shape}")
+    raw = nib.Nifti1Header(endianness="<")
+    raw.set_data_dtype(np.float32)
+    raw.set_data_shape(tuple(shape))
+    raw.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
+    raw.set_sform(affine, code=1)
+    raw.set_xyzt_units("mm")
+    raw["vox_offset"], raw["magic"] = raw.single_vox_offset, raw.single_magic
+    stream = io.BytesIO(raw.binaryblock + bytes(4))
+    return parse_header(Path(name), stream, channels=1, strict=False, assume_ras=False, axes=None)
 
 
 def _raw_header(path: Path, stream: BinaryIO) -> tuple[nib.Nifti1Header, int]:

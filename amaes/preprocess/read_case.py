@@ -10,7 +10,7 @@ import numpy as np
 
 from amaes.preprocess import nifti
 from amaes.preprocess.config import Config
-from amaes.preprocess.nifti_header import SPACING_TOLERANCE, Header, RejectedInput
+from amaes.preprocess.nifti_header import SPACING_TOLERANCE, Header, RejectedInput, header_of_array
 
 NONFINITE_FRACTION = 0.001  # up to this fraction of voxels may be NaN or infinite; they are repaired
 SAME_CORNER = 1e-3  # mm; corners that are closer than this are the same
@@ -79,26 +79,54 @@ def read_channels(
             channels.append(None)
             continue
         header, data = read_file(path, config, volumes_in_file if len(images) == 1 else 1, reference)
-        if min(header.shape[:3]) < config.min_axis:
-            sides = " x ".join(map(str, header.shape[:3]))
-            text = f"expected at least {config.min_axis} voxels per axis, found {sides}"
-            raise RejectedInput("too_small", path, text)
+        _check_sides(header, path, config)
         warnings += header.warnings
         reference = reference or header
         aligned = _on_one_grid(header, reference, "channel_geometry", config.on_geometry_mismatch, warnings)
         parts = [data] if data.ndim == 3 else np.moveaxis(data, 3, 0)
         for part in parts if volumes is None else [parts[k] for k in volumes]:
-            with np.errstate(
-                over="ignore", invalid="ignore"
-            ):  # what float32 cannot hold becomes infinite and is counted below
-                volume = np.array(part, dtype=np.float32, order="C")
-            if config.nan_background == "zero":
-                _nan_to_zero(volume, path, warnings)
-            n_nonfinite = _repair(volume, path, warnings)
+            volume, n_nonfinite = _finite(part, path, config, warnings)
             if not aligned:
                 volume = _onto(volume, header, reference, order=1, outside=float(volume.min()))
             channels.append(Channel(path, reference, volume, n_nonfinite))
     return channels
+
+
+def channels_of_array(array: np.ndarray, affine: np.ndarray, config: Config, warnings: list[str]) -> list[Channel]:
+    """The channels of a case in memory, checked and repaired like those of files.
+
+    Args:
+        array: (C, X, Y, Z), real numbers.
+        affine: (4, 4), voxel to RAS+ mm.
+        config, warnings: of `read_channels`.
+
+    Raises:
+        RejectedInput: what a file would be refused for.
+    """
+    header = header_of_array(array.shape[1:], affine)
+    _check_sides(header, header.path, config)
+    channels = []
+    for part in array:
+        volume, n_nonfinite = _finite(nifti.to_ras(part, header.ornt), header.path, config, warnings)
+        channels.append(Channel(header.path, header, volume, n_nonfinite))
+    return channels
+
+
+def _check_sides(header: Header, path: Path, config: Config) -> None:
+    """Refuse a volume that is too thin."""
+    if min(header.shape[:3]) < config.min_axis:
+        sides = " x ".join(map(str, header.shape[:3]))
+        text = f"expected at least {config.min_axis} voxels per axis, found {sides}"
+        raise RejectedInput("too_small", path, text)
+
+
+def _finite(part: np.ndarray, path: Path, config: Config, warnings: list[str]) -> tuple[np.ndarray, int]:
+    """The values as float32 without NaN and infinity, and how many of those there were."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes infinite and is counted below
+        volume = np.array(part, dtype=np.float32, order="C")
+    if config.nan_background == "zero":
+        _nan_to_zero(volume, path, warnings)
+    return volume, _repair(volume, path, warnings)
 
 
 def check_corpus(channel: Channel) -> None:
