@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -109,9 +110,13 @@ class _Augment:
         # Whether the centre of the window falls on voxels of the patch, so that an unmoved patch is a plain crop.
         self._aligned = all((w - p) % 2 == 0 for w, p in zip(self.window_size, self.patch_size, strict=True))
         self._transforms = _intensity_transforms(self.options)
-        bases = {side: spatial.smoothing_basis(self.options.elastic_sigma[0], side) for side in set(self.patch_size)}
-        self._bases = [bases[side] for side in self.patch_size]
         self._tables: dict[torch.device, dict[str, list[torch.Tensor]]] = {}
+
+    @cached_property
+    def _bases(self) -> list[np.ndarray]:
+        """Of the elastic fields, one per axis; made when first needed: a patch beyond reason is refused before."""
+        bases = {side: spatial.smoothing_basis(self.options.elastic_sigma[0], side) for side in set(self.patch_size)}
+        return [bases[side] for side in self.patch_size]
 
     def draw(self, epochs: Iterable[int], samples: Iterable[int], channels: int = 1) -> Draws:
         """Draw the parameters of a batch on the host; a row depends on (seed, epoch, sample) alone.
