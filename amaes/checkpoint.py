@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from amaes.files import write_json, written_whole
+from amaes.files import first_line, write_json, written_whole
 from amaes.models.build import build_network
 from amaes.models.transfer import Transfer, fits_architecture, fitting_architectures, transfer_weights
 from amaes.preprocess.config import Config
@@ -202,7 +202,7 @@ def load_weights(network: nn.Module, path: Path, weights: Mapping[str, torch.Ten
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit its network ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: its weights do not fit its network ({first_line(error)})") from None
 
 
 # Types of a checkpoint's entries. A file can hold anything, so an entry is checked before it is used.

@@ -162,6 +162,12 @@ def _cause(error: BaseException) -> OSError | None:
     return error
 
 
+def first_line(error: BaseException, limit: int = 400) -> str:
+    """What an error says first, for a line of ours: whole, as a remedy may stand at its end, unless it is a page."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0]} ..."
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
@@ -192,4 +198,4 @@ def read_json(path: str | Path) -> object:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # RecursionError: nested thousands deep
-        raise ValueError(f"{path}: not JSON ({str(error)[:160]})") from None
+        raise ValueError(f"{path}: not JSON ({first_line(error)})") from None

@@ -14,6 +14,7 @@ from torch import nn
 
 from amaes.choices import COMPILE, PRECISIONS
 from amaes.distributed import Ranks, gather_from_ranks
+from amaes.files import first_line
 
 try:
     import resource
@@ -56,7 +57,7 @@ def compiler(device: torch.device, choice: str) -> tuple[Callable[[nn.Module], n
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing: Triton, a C compiler, headers, a recent enough GPU
-        reason = str(error).strip().split("\n")[0][:160]
+        reason = first_line(error)
         if choice == "on":
             raise ValueError(f"`compile` on: torch.compile does not work here ({reason}); take auto or off") from error
         return _as_it_is, f"eager: torch.compile does not work here ({reason})"

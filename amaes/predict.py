@@ -215,10 +215,10 @@ def _in_folder(folder: Path, channels: Sequence[str], missing_channel: str) -> C
 
 
 def _set_aside(collection: Collection) -> Collection:
-    """The collection without segmentations and other files that lie beside the scans of its cases; a note names them.
+    """The collection without segmentations and other files that lie beside the scans of its cases; notes name them.
 
-    Where channels are told by names, these are the other files of a complete case: a_seg, a_T2 beside a_T1 and a_FLAIR.
-    Where a file is a case, they are those called after a segmentation, unless all are.
+    Where channels are told by names, these are segmentations, and the other files of a complete case: a_T2 beside a_T1
+    and a_FLAIR. Where a file is a case, they are those called after a segmentation, unless all are.
     """
     starts = defaultdict(set)  # folder to the beginnings of its scans' names
     for item in collection.items:
@@ -226,14 +226,16 @@ def _set_aside(collection: Collection) -> Collection:
             if path is not None and (named := channel_prefix(path, collection.channels)):
                 starts[path.parent].add(named[1])
     items = [item for item in collection.items if not _is_segmentation(item)]
-    aside = [item.images[0] for item in collection.items if _is_segmentation(item)] if items else []
-    unused = []
-    for path in collection.unused:
+    labels = [item.images[0] for item in collection.items if _is_segmentation(item)] if items else []
+    labels += [path for path in collection.unused if SEGMENTATION.search(f"_{stem_of(path.name)}")]
+    aside, unused = [], []
+    for path in sorted(set(collection.unused) - set(labels)):
         known = starts[path.parent]
         beside = "" in known or stem_of(path.name).startswith(tuple(start + cut for start in known for cut in "_-"))
         (aside if beside else unused).append(path)
-    note = [f"{len(aside)} files beside the scans are not used: {shorten(sorted(aside))}"] if aside else []
-    return replace(collection, items=items or collection.items, unused=unused, notes=[*collection.notes, *note])
+    notes = [f"{len(labels)} label files are left out, by their names: {shorten(sorted(labels))}"] if labels else []
+    notes += [f"{len(aside)} files beside the scans are not used: {shorten(sorted(aside))}"] if aside else []
+    return replace(collection, items=items or collection.items, unused=unused, notes=[*collection.notes, *notes])
 
 
 def _is_segmentation(item: Item) -> bool:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from amaes.files import is_disk_full, write_json, written_whole
+from amaes.files import first_line, is_disk_full, write_json, written_whole
 
 
 def test_a_file_appears_whole_with_its_folder(tmp_path):
@@ -102,3 +102,11 @@ def test_standard_output_is_written_in_its_order(tmp_path, name):
     with (tmp_path / "log").open("w") as log:
         subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
     assert (tmp_path / "log").read_text() == "first\nsecond\n"
+
+
+def test_an_error_of_others_keeps_its_remedy():
+    remedy = "what is needed is not installed " * 6 + "and comes with: pip install something"
+    assert first_line(ValueError(f"  {remedy}\nat line 3")) == remedy
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    page = first_line(ValueError("word " * 1000))
+    assert page == ("word " * 80).strip() + " ..."

@@ -328,6 +328,7 @@ def test_one_channel_takes_every_name(nifti_file, tmp_path):
         (["T1", "FLAIR"], ["p/T1", "p/FLAIR", "p/lesions"], ["p"], []),
         (["T1", "FLAIR"], ["a-T1", "a-FLAIR", "b-T1", "b-FLAIR_1"], ["a", "b"], ["b-FLAIR_1"]),  # b has none
         (["T1", "FLAIR"], ["a_T1", "a_FLAIR", "other"], ["a"], ["other"]),
+        (["T1", "FLAIR"], ["a_T1", "a_FLAIR", "b_T1", "b-seg", "p/Mask"], ["a", "b"], []),  # b lacks a channel
         (["T1"], ["a_T1", "a_seg", "b_T1", "b-seg"], ["a_T1", "b_T1"], []),
         (["image"], ["a", "a-seg", "b_label"], ["a"], []),
         (["image"], ["a_seg", "b_seg"], ["a_seg", "b_seg"], []),  # all are: the name says nothing
@@ -341,8 +342,11 @@ def test_what_lies_beside_the_scans_is_no_case(nifti_file, tmp_path, channels, n
     assert [item.id for item in found.items] == [case.removeprefix("s/") for case in cases]
     assert [stem_of(path.name) for path in found.unused] == unused
     used = [file for item in found.items for file in item.files]
-    aside = len(names) - len(used) - len(unused)
-    assert found.notes == [] if not aside else f"{aside} files beside the scans are not used: " in found.notes[-1]
+    labels = 0 if len(used) == len(names) else sum(name.lower().endswith(("seg", "label", "mask")) for name in names)
+    aside = len(names) - len(used) - len(unused) - labels
+    told = [f"{labels} label files are left out, by their names: "] * (labels > 0)
+    told += [f"{aside} files beside the scans are not used: "] * (aside > 0)
+    assert [note[: len(start)] for note, start in zip(found.notes, told, strict=True)] == told
 
 
 def test_files_that_no_channel_takes_are_listed(two_channels, nifti_file, tmp_path, capsys):
@@ -351,7 +355,7 @@ def test_files_that_no_channel_takes_are_listed(two_channels, nifti_file, tmp_pa
     options = ["--weights", two_channels, "--out", tmp_path / "out", "--images", tmp_path / "s"]
     status, out, err = run(capsys, *options)
     assert (status, len(out.splitlines())) == (0, 1)
-    assert err == "note: 1 files beside the scans are not used: a_mask.nii.gz\n"
+    assert err == "note: 1 label files are left out, by their names: a_mask.nii.gz\n"
     nifti_file("s/b_T2.nii.gz", make_volume(SCAN))
     status, out, err = run(capsys, *options)
     assert (status, len(out.splitlines())) == (1, 1)

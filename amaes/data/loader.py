@@ -13,6 +13,7 @@ from amaes.data.order import Batches
 from amaes.data.patches import Patches
 from amaes.data.workers import Watch, ignore_job_signals
 from amaes.distributed import Ranks
+from amaes.files import first_line
 
 
 def loader(patches: Patches, batches: Batches | Sequence, workers: int, pin_memory: bool) -> Iterator[dict]:
@@ -96,7 +97,7 @@ def _collate(items: list[dict | Exception]) -> dict | Exception:
     try:
         return {key: _stack(values) if key in ("image", "label") else values for key, values in batch.items()}
     except (RuntimeError, MemoryError) as error:  # of a worker that may not have the memory it asks for
-        return OSError(f"no memory for a batch of patches ({str(error).splitlines()[0]}); {hardware.memory_advice()}")
+        return OSError(f"no memory for a batch of patches ({first_line(error)}); {hardware.memory_advice()}")
 
 
 def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:

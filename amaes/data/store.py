@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from amaes.files import read_json
+from amaes.files import first_line, read_json
 from amaes.preprocess.config import STORE_FORMAT, Config
 from amaes.preprocess.file_names import fault_of_id
 
@@ -179,8 +179,8 @@ def _open(path: Path, shape: tuple[int, ...], kind: type) -> np.ndarray:
         with np.errstate(over="ignore"):  # sides whose product is no number: refused without a warning
             array = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, TypeError, EOFError, OverflowError, SyntaxError) as error:  # what a broken header may raise
-        reason = str(error).split("\n")[0][:160]
-        raise ValueError(f"{path}: not a whole array ({reason}; the file has {path.stat().st_size} bytes)") from None
+        reason = f"{first_line(error)}; the file has {path.stat().st_size} bytes"
+        raise ValueError(f"{path}: not a whole array ({reason})") from None
     if array.shape != shape or not np.issubdtype(array.dtype, kind):
         raise ValueError(f"{path}: holds {array.dtype} {array.shape}, expected {kind.__name__} {shape}")
     return array

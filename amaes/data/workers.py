@@ -9,6 +9,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 
 from amaes import hardware
+from amaes.files import first_line
 
 _USUAL_CAUSES = {
     "SIGKILL": "as the system does when memory runs out",
@@ -66,7 +67,7 @@ class Watch:
         for worker in workers:
             worker.kill()  # the others may wait for ever for a lock that was the dead one's
         if not dead:  # torch says so, and no more is known
-            how = f"ended ({str(error).splitlines()[0]})"
+            how = f"ended ({first_line(error)})"
         elif dead[0][1] > 0:
             how = "(pid {}) ended with status {}".format(*dead[0])
         else:

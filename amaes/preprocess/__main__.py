@@ -202,7 +202,11 @@ def _add_preprocessing_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_fault_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--verify", action="store_true", help="check the CRC of gzip files")
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the CRC of gzip files, and refuse headers with two sizes of a voxel",
+    )
     group.add_argument(
         "--on-geometry-mismatch",
         choices=CHOICES["on_geometry_mismatch"],

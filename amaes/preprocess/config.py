@@ -43,7 +43,8 @@ class Config:
         strict_orientation: refuse files whose sform and qform codes are both 0.
         assume_ras: take the stored axes as RAS where the affine is singular.
         min_axis: fewest voxels of a stored axis.
-        verify: check the CRC of gzip files; not part of the hash, as it changes no array.
+        verify: check the CRC of gzip files, and the size of a voxel, which a header says twice; not part of the hash,
+            as it changes no array.
         dtype: of the stored images.
         label_map: old label value to new. The index of a store also lists, as {1: 1}, values of its label files that
             other values were mapped onto; such entries are not part of the hash.

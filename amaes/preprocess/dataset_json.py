@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +20,14 @@ class DatasetJson:
         classes: label value to name.
         numbered: the files of a case end in _0000, _0001, ..., one per channel (nnU-Net).
         training: image files of the training list.
+        cases: where the files of each case are listed (nnU-Net's key "dataset"): one per channel, and the label.
     """
 
     channels: list[str] = field(default_factory=list)
     classes: dict[int, str] = field(default_factory=dict)
     numbered: bool = False
     training: list[Path] = field(default_factory=list)
+    cases: dict[str, tuple[tuple[Path, ...], Path | None]] = field(default_factory=dict)
 
     def training_files(self, folder: Path) -> list[Path]:
         """The training list where it names files of this folder, else [].
@@ -64,14 +67,17 @@ def read_dataset_json(images: Path, for_network: bool) -> DatasetJson:
         if content.get("format") == STORE_FORMAT:
             return DatasetJson()
         entries = [entry.get("image") for entry in content.get("training") or [] if isinstance(entry, dict)]
+        channels = _channel_names(content.get("channel_names") or content.get("modality") or {})
         return DatasetJson(
-            channels=_channel_names(content.get("channel_names") or content.get("modality") or {}),
+            channels=channels,
             classes=_classes(content.get("labels") or {}),
             numbered="channel_names" in content,
             training=[path.parent / entry for entry in entries if isinstance(entry, str)],
+            cases=_cases(content.get("dataset") or {}, path.parent, len(channels)),
         )
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{path}: not a dataset.json of MSD or nnU-Net ({type(error).__name__}: {error})") from error
+        reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: not a dataset.json of MSD or nnU-Net ({reason})") from error
 
 
 def _channel_names(names: object) -> list[str]:
@@ -84,17 +90,57 @@ def _channel_names(names: object) -> list[str]:
     return names
 
 
-def _classes(labels: dict | list) -> dict[int, str]:
+def _classes(labels: object) -> dict[int, str]:
     """{"0": "background", ...} (MSD) or {"background": 0, "region": [1, 2], ...} (nnU-Net) to value -> name.
 
-    A list of names counts from 0.
+    A list of names counts from 0. A value may be written as text, "1".
     """
     if isinstance(labels, list):
         labels = {str(value): name for value, name in enumerate(labels)}
-    if all(isinstance(name, str) for name in labels.values()):
+    if not isinstance(labels, dict):
+        raise ValueError(f"expected labels as names and values, found {labels!r:.80}")
+    if all(_is_whole(key) and isinstance(name, str) for key, name in labels.items()):
         return {int(value): name for value, name in sorted(labels.items(), key=lambda pair: int(pair[0]))}
-    names = {value: name for name, value in labels.items() if isinstance(value, int)}
-    for values in labels.values():
-        for value in values if isinstance(values, list) else []:
-            names.setdefault(int(value), f"label_{int(value)}")
+    names, in_regions = {}, []
+    for name, value in labels.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(map(_is_whole, values)):
+            raise ValueError(f"the label {name!r:.80} is {value!r:.80}, expected a whole number")
+        if isinstance(value, list):
+            in_regions += map(int, values)
+        else:
+            names[int(value)] = name
+    for value in in_regions:
+        names.setdefault(value, f"label_{value}")
     return dict(sorted(names.items()))
+
+
+def _is_whole(value: object) -> bool:
+    """A whole number, perhaps written as text."""
+    return type(value) is int or (isinstance(value, str) and bool(re.fullmatch(r"-?\d{1,9}", value)))
+
+
+def _cases(listed: object, root: Path, channels: int) -> dict[str, tuple[tuple[Path, ...], Path | None]]:
+    """{case: {"images": [file of each channel], "label": file}}; files are relative to the folder of dataset.json.
+
+    Args:
+        listed: of the key "dataset".
+        root: that folder.
+        channels: number of channels that are declared; 0: as many as the first case has files.
+    """
+    cases: dict[str, tuple[tuple[Path, ...], Path | None]] = {}
+    if not isinstance(listed, dict):
+        raise ValueError(f"expected 'dataset' to list the files of each case, found {listed!r:.80}")
+    for name, entry in listed.items():
+        images, label = (entry.get("images"), entry.get("label")) if isinstance(entry, dict) else (None, None)
+        if (
+            not isinstance(images, list)
+            or not images
+            or not all(isinstance(file, str) for file in [*images, label or ""])
+        ):
+            raise ValueError(f"the case {name!r:.80} of 'dataset' is {entry!r:.160}, expected its images and label")
+        channels = channels or len(images)
+        if len(images) != channels:
+            raise ValueError(f"the case {name!r:.80} of 'dataset' has {len(images)} images, expected {channels}")
+        cases[name] = tuple(root / file for file in images), root / label if label else None
+    return cases

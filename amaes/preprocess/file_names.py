@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from amaes.preprocess.other_formats import kind_by_name
+
 SEQUENCES = (  # the first match wins; between T1 and T2 the one named first
     ("FLAIR", r"flair"),
     ("T1ce", r"t1ce|t1gd|gado|t1c|post"),
@@ -112,4 +114,4 @@ def shorten(names: Sequence[str | Path]) -> str:
 def no_file_message(option: str, folder: Path, pattern: str, present: Sequence[Path]) -> str:
     """The message of an error: no file of a folder is called as `option` says; `present` is what lies there."""
     found = f"found {shorten(present)}" if present else "found no file"
-    return f"`{option}`: no file called {pattern} in {folder}; {found}"
+    return f"`{option}`: no file called {pattern} in {folder}; {found}{kind_by_name(present)}"

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from amaes.preprocess.collection import Collection, Item
-from amaes.preprocess.dataset_json import read_dataset_json
+from amaes.preprocess.dataset_json import DatasetJson, read_dataset_json
 from amaes.preprocess.file_names import (
     channel_prefix,
     fault_of_id,
@@ -27,7 +27,8 @@ from amaes.preprocess.file_names import (
     stem_of,
     subject_of,
 )
-from amaes.preprocess.match_labels import by_id, match_beside, match_by_id
+from amaes.preprocess.match_labels import by_id, match_beside, match_by_id, with_label
+from amaes.preprocess.other_formats import has_known_format, kind_by_name
 
 MAX_CHANNELS = 32  # files that end in higher numbers than _0031 are a series of cases, not channels
 
@@ -64,6 +65,8 @@ def collect(
     """
     for_network = network_channels is not None
     declared = read_dataset_json(Path(images), for_network)
+    if declared.cases and not (for_network or channels or labels or label_name):
+        return _listed(declared, subject)
     images, labels = _folders(Path(images), labels, label_name, for_network)
     root = images if images.is_dir() else images.parent
     notes: list[str] = []
@@ -75,7 +78,7 @@ def collect(
         names = list(channels)
         items, unused = _by_channel_name(root, files, names, for_network)
         if unused and not for_network:
-            notes.append(f"{len(unused)} files are none of the channels {' '.join(names)}: {shorten(unused)}")
+            notes.append(_not_grouped(root, unused, names))
     elif numbered := _by_channel_number(
         root, files, label_files, declared=declared.numbered, network_channels=network_channels
     ):
@@ -85,7 +88,7 @@ def collect(
         if len(names) > 1:
             notes.append(f"dataset.json declares {len(names)} channels: each file must be 4-D, one volume per channel")
     check_ids(items, with_labels=not for_network)
-    items = [_marked_if_incomplete(item, names, missing_channel) for item in items]
+    items = [_marked_if_incomplete(item, names, missing_channel, unused) for item in items]
     items = items if for_network else [_marked_if_unnamable(item) for item in items]
     if labels is not None:
         items = match_by_id(items, label_files, labels, notes)
@@ -93,6 +96,20 @@ def collect(
         items = match_beside(items, beside, label_name, notes)
     items = _described(sorted(items, key=lambda item: item.id), subject, with_sequence=len(names) == 1)
     return Collection(items, names, declared.classes, notes, label_name, unused if for_network else [])
+
+
+def _listed(declared: DatasetJson, subject: str | None) -> Collection:
+    """The cases whose files dataset.json lists; no other file is looked for."""
+    items = [_marked_if_unnamable(Item(id, *files)) for id, files in declared.cases.items()]
+    if any(item.label for item in items):
+        items = [item if item.label else with_label(item, None, "in the list of dataset.json") for item in items]
+    count = len(items[0].images)
+    names = declared.channels or (["image"] if count == 1 else [f"channel_{k}" for k in range(count)])
+    check_ids(items, with_labels=True)
+    items = _described(sorted(items, key=lambda item: item.id), subject, with_sequence=count == 1)
+    return Collection(
+        items, names, declared.classes, [f"the files of {len(items)} cases are those that dataset.json lists"]
+    )
 
 
 # Folders and files ----------------------------------------------------------------------------------------------------
@@ -140,15 +157,18 @@ def _nifti_files(folder: Path, parameter: str, notes: list[str], skip: Path | No
     """
     if folder.is_file():
         if not is_nifti(folder.name):
-            raise ValueError(f"`{parameter}` {folder}: expected a folder or a file named *.nii or *.nii.gz")
+            expected = "expected a folder or a file named *.nii or *.nii.gz"
+            raise ValueError(f"`{parameter}` {folder}: {expected}{kind_by_name([folder])}")
         return [folder]
     visited = {folder.resolve(), *([skip.resolve()] if skip else [])}
-    files, others, unreadable = [], [], []
+    files, others, unreadable, foreign = [], [], [], Counter()
     for parent, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
         folders[:] = [name for name in sorted(folders) if _to_visit(Path(parent), name, visited)]
         visible = [Path(parent) / name for name in names if not name.startswith(".")]
         files += [path for path in visible if is_nifti(path.name)]
-        others += [path for path in visible if not is_nifti(path.name)][:5]
+        no_nifti = [path for path in visible if not is_nifti(path.name)]
+        others += no_nifti[:5]
+        foreign.update(path.suffix.lower() for path in no_nifti if has_known_format(path))
     if unreadable and not files:
         raise unreadable[0]
     if unreadable:
@@ -156,6 +176,8 @@ def _nifti_files(folder: Path, parameter: str, notes: list[str], skip: Path | No
         notes.append(f"{len(unreadable)} folders cannot be read: {shorten(names)}")
     if not files:
         raise ValueError(no_file_message(parameter, folder, "*.nii or *.nii.gz", others))
+    for ending, count in foreign.items():
+        notes.append(f"{count} files are not read{kind_by_name([Path(f'x{ending}')])}")
     return sorted(files)
 
 
@@ -249,12 +271,26 @@ def _numbered_items(cases: dict[str, dict[int, Path]], declared: list[str]) -> t
     return names, [Item(id, tuple(paths.get(k) for k in range(len(names)))) for id, paths in cases.items()]
 
 
-def _marked_if_incomplete(item: Item, names: Sequence[str], missing_channel: str) -> Item:
-    """The case, with a problem where it lacks a channel that must be there."""
+def _not_grouped(root: Path, unused: Sequence[Path], names: Sequence[str]) -> str:
+    """A note on files that are no channel: how many end in what, and one of each."""
+    by_end: dict[str, list[Path]] = defaultdict(list)
+    for path in unused:
+        by_end[re.split("[_-]", stem_of(path.name))[-1]].append(path)
+    largest = sorted(by_end.items(), key=lambda pair: -len(pair[1]))
+    shown = [f"{end} ({len(paths)}, such as {paths[0].relative_to(root).as_posix()})" for end, paths in largest]
+    text = f"{len(unused)} files are none of the channels {' '.join(names)} (called NAME, *_NAME or *-NAME)"
+    return f"{text}: they end in {shorten(shown)}"
+
+
+def _marked_if_incomplete(item: Item, names: Sequence[str], missing_channel: str, unused: Sequence[Path]) -> Item:
+    """The case, with a problem where it lacks a channel that must be there; `unused` files beside it are named."""
     missing = [name for name, path in zip(names, item.images, strict=False) if path is None]
     if not missing or missing_channel == "zeros":
         return item
     message = f"{item.id}: expected channels {' '.join(names)}, missing {' '.join(missing)}"
+    folders = {path.parent for path in item.images if path is not None}
+    if beside := [path for path in unused if path.parent in folders]:
+        message += f"; beside them {shorten(beside)}, which no channel is called after"
     return replace(item, problem=("missing_channel", message))
 
 

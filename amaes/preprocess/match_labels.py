@@ -45,7 +45,7 @@ def match_by_id(items: list[Item], label_files: Mapping[str, Path], labels: Path
         raise ValueError(f"`labels` {labels}: {text}")
     if unused := sorted(set(label_files) - {item.id for item in items}):
         notes.append(f"{len(unused)} labels belong to no image: {shorten(unused)}")
-    return [_with_label(item, label_files.get(item.id), f"in {labels}") for item in items]
+    return [with_label(item, label_files.get(item.id), f"in {labels}") for item in items]
 
 
 def match_beside(items: list[Item], label_files: Sequence[Path], label_name: str, notes: list[str]) -> list[Item]:
@@ -76,13 +76,14 @@ def match_beside(items: list[Item], label_files: Sequence[Path], label_name: str
         fitting = [prefix for prefix in labels if not prefix or re.match(re.escape(prefix) + "[_-]", stem)]
         label = labels[max(fitting, key=len)] if fitting else None
         where = f"called {label_name}, *_{label_name} or *-{label_name} in {image.parent}"
-        result.append(_with_label(item, label, where))
+        result.append(with_label(item, label, where))
     if unused := sorted(set(label_files) - {item.label for item in result}):
         notes.append(f"{len(unused)} labels belong to no image: {shorten(unused)}")
     return result
 
 
-def _with_label(item: Item, label: Path | None, where: str) -> Item:
+def with_label(item: Item, label: Path | None, where: str) -> Item:
+    """The case with its label; a problem where there is none, which says where it was expected."""
     if label is None and item.problem is None:
         return replace(item, problem=("missing_label", f"{item.id}: expected a label {where}, found none"))
     return replace(item, label=label)

@@ -39,7 +39,7 @@ def read_nifti(
     Args:
         path: `.nii` or `.nii.gz`.
         channels: length the fourth axis must have; 1 = a 3-D file.
-        verify: read a gzip stream to its end and check its CRC.
+        verify: read a gzip stream to its end and check its CRC; refuse a header that contradicts itself on the data.
         strict: refuse a file whose sform and qform codes are both 0.
         assume_ras: take stored axes as RAS where the affine is singular.
         axes: (4, 4), grid in RAS of the image that the file belongs to: its axes are taken instead of the nearest.
@@ -53,7 +53,9 @@ def read_nifti(
     """
     path = Path(path)
     with _opened(path) as stream:
-        header = parse_header(path, stream, channels=channels, strict=strict, assume_ras=assume_ras, axes=axes)
+        header = parse_header(
+            path, stream, channels=channels, verify=verify, strict=strict, assume_ras=assume_ras, axes=axes
+        )
         data = _read_data(header, stream, path)
         _check_end(path, stream, data.nbytes, verify)
     data = data.reshape(header.shape, order="F")

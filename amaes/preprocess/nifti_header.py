@@ -100,7 +100,14 @@ class Header:
 
 @np.errstate(invalid="ignore", over="ignore")  # damaged headers hold signalling NaNs, and numbers without a square
 def parse_header(
-    path: Path, stream: BinaryIO, *, channels: int, strict: bool, assume_ras: bool, axes: np.ndarray | None
+    path: Path,
+    stream: BinaryIO,
+    *,
+    channels: int,
+    verify: bool,
+    strict: bool,
+    assume_ras: bool,
+    axes: np.ndarray | None,
 ) -> Header:
     """The header at the start of a stream, which is left where the data begin; arguments as of `nifti.read_nifti`."""
     raw, version = _raw_header(path, stream)
@@ -124,6 +131,7 @@ def parse_header(
             "bad_header", path, f"expected a finite intercept beside slope {slope:g}, found {intercept}"
         )
     geometry = _geometry(path, raw, strict, assume_ras, axes)
+    geometry["warnings"] += _bits_that_differ(path, int(raw["bitpix"]), dtype, verify)
     return Header(
         path=path,
         shape=shape,
@@ -185,6 +193,16 @@ def _raw_header(path: Path, stream: BinaryIO) -> tuple[nib.Nifti1Header, int]:
         if raw[name] not in ORIENTATION_CODES:
             raw[name] = 0
     return raw, version
+
+
+def _bits_that_differ(path: Path, bits: int, dtype: np.dtype, verify: bool) -> list[str]:
+    """A warning where the header gives two sizes of a voxel, or a refusal; 0 bits say nothing."""
+    if bits in (0, 8 * dtype.itemsize):
+        return []
+    text = f"{bits} bits per voxel (bitpix), but a data type of {8 * dtype.itemsize}"
+    if verify:
+        raise RejectedInput("bad_header", path, f"header says {text}")
+    return [f"bitpix: {path.name}: header says {text}, which is used"]
 
 
 def _check_extensions(path: Path, between: bytes, endianness: str, offset: int) -> None:

@@ -53,6 +53,11 @@ def kind_of(start: bytes) -> str | None:
     return next((kind for beginning, kind in _STARTS.items() if text.startswith(beginning)), None)
 
 
+def has_known_format(path: Path) -> bool:
+    """The name's ending is that of scans in another format, which has a known way to NIfTI."""
+    return path.suffix.lower() in _ENDINGS
+
+
 def kind_by_name(paths: Iterable[Path]) -> str:
     """For an error that lists these files: "; .mgz is ..." for each ending that has a known way to NIfTI."""
     endings = dict.fromkeys(path.suffix.lower() for path in paths)

@@ -168,9 +168,12 @@ def read_label(
         if config.nan_background == "zero":
             data = np.array(data)
             _nan_to_zero(data, path, warnings)
+        if count := data.size - int(np.count_nonzero(np.isfinite(data))):
+            text = f"expected whole numbers, found {count} of {data.size} voxels NaN or infinite"
+            raise RejectedInput("nonfinite_many", path, text)
         whole = np.rint(data)
-        if not np.isfinite(data).all() or np.abs(data - whole).max() > INTEGER_TOLERANCE:
-            raise RejectedInput("label_values", path, "expected whole numbers, found values between them or not finite")
+        if np.abs(data - whole).max() > INTEGER_TOLERANCE:
+            raise RejectedInput("label_values", path, "expected whole numbers, found values between them")
         data = whole
     values = [int(value) for value in np.unique(data)]
     allowed = {*(classes or range(256)), *config.label_map}

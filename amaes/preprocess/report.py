@@ -23,7 +23,7 @@ REMEDIES = {  # of a reason or warning: which setting helps
     "label_geometry": "see `on_geometry_mismatch`",
     "missing_channel": "`missing_channel` zeros fills",
     "background_not_min": "see `background_to_min`",
-    "nonfinite_many": "`nan_background` zero takes NaN as 0",
+    "nonfinite_many": "`nan_background` zero takes NaN as 0, as SPM and statistics packages mean it",
     "changed": "`overwrite` takes the new one",
     "overflow": "`dtype` float32 holds them",
 }

@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from amaes.files import written_whole
+from amaes.files import first_line, written_whole
 
 SAFETENSORS = ".safetensors"
 MAX_REPEATED_BYTES = 2**31  # that a tensor may claim by repeating what is stored once
@@ -79,10 +79,8 @@ def _read_torch(path: Path) -> object:
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is read, or refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file can raise anything
-        reason = "it holds other objects" if "weights_only" in str(error) else str(error).split("\n")[0][:120]
-        raise ValueError(
-            f"{path}: not a checkpoint ({reason or type(error).__name__}); only tensors and plain data are read"
-        ) from error
+        reason = "it holds other objects" if "weights_only" in str(error) else first_line(error)
+        raise ValueError(f"{path}: not a checkpoint ({reason}); only tensors and plain data are read") from error
 
 
 def check_archive(path: Path) -> None:
@@ -114,7 +112,7 @@ def _read_safetensors(path: Path) -> dict:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
             ours = (file.metadata() or {}).get(_OURS)
     except Exception as error:  # a damaged or foreign file can raise anything
-        raise ValueError(f"{path}: not a whole .safetensors file ({str(error).splitlines()[0][:120]})") from error
+        raise ValueError(f"{path}: not a whole .safetensors file ({first_line(error)})") from error
     if ours is None:
         return weights
     try:

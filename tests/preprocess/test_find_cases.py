@@ -86,6 +86,21 @@ def test_errors_name_folder_pattern_and_what_is_there(tree, tmp_path):
         collect(folder / "sub" / "0.mha")
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"), [("a.mgz", "mri_convert"), ("a.MGH", "mri_convert"), ("a.dcm", "dcm2niix"), ("a.img", "a pair")]
+)
+def test_scans_of_another_format_are_named_with_the_way_to_nifti(tree, name, advice):
+    folder = tree(name, "notes.txt")
+    for path in (folder, folder / name):
+        with pytest.raises(ValueError, match=advice):
+            collect(path)
+    collection = collect(tree("b.nii", f"c{name}"))
+    assert ids(collection) == ["b"]
+    assert len(collection.notes) == 1
+    assert "2 files are not read; " in collection.notes[0]
+    assert advice in collection.notes[0]
+
+
 # Subject, session, sequence -------------------------------------------------------------------------------------------
 
 
@@ -208,7 +223,10 @@ def test_channels_of_a_folder_are_one_case(tree):
     ]
     assert collection.items[1].label == folder / "p2/lesion.nii.gz"
     assert collection.channels == ["FLAIR", "T1", "T1ce", "T2"]
-    assert collection.notes == ["2 files are none of the channels FLAIR T1 T1ce T2: mask.nii.gz, mask.nii.gz"]
+    assert collection.notes == [
+        "2 files are none of the channels FLAIR T1 T1ce T2 (called NAME, *_NAME or *-NAME): they end in mask "
+        "(2, such as p1/mask.nii.gz)"
+    ]
 
 
 def test_channels_by_the_end_of_the_name(tree):
@@ -226,10 +244,20 @@ def test_missing_channel_is_named_or_filled(tree):
     items = collect(folder, channels=["FLAIR", "T1"]).items
     assert items[0].problem is None
     assert items[1].problem[0] == "missing_channel"
-    assert "p2: expected channels FLAIR T1, missing FLAIR" in items[1].problem[1]
+    assert items[1].problem[1] == "p2: expected channels FLAIR T1, missing FLAIR"
     filled = collect(folder, channels=["FLAIR", "T1"], missing_channel="zeros").items[1]
     assert filled.problem is None
     assert filled.images == (None, folder / "p2/T1.nii")
+
+
+def test_files_that_did_not_group_are_named_with_the_case_that_lacks_them(tree):
+    folder = tree(*(f"p{k}/x_{name}.nii" for k in (1, 2) for name in ("FLAIR", "T1w")), "p2/x_T1.nii")
+    collection = collect(folder, channels=["FLAIR", "T1"])
+    assert [item.problem and item.problem[1] for item in collection.items] == [
+        "p1/x: expected channels FLAIR T1, missing T1; beside them x_T1w.nii, which no channel is called after",
+        None,
+    ]
+    assert "they end in T1w (2, such as p1/x_T1w.nii)" in collection.notes[0]
 
 
 def test_channel_errors(tree):
@@ -338,12 +366,72 @@ def test_labels_in_the_folder_of_the_images_by_name(tree):
         assert collect(folder, labels, label_name="seg") == collect(folder, label_name="seg")
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", '{"modality": [1]}', '{"labels": {"a": "b"}}'])
-def test_broken_dataset_json_is_named(tree, content):
+LABELS = [
+    ({"0": "background", "1": "tumour"}, {0: "background", 1: "tumour"}),
+    ({"background": 0, "tumour": 1}, {0: "background", 1: "tumour"}),
+    ({"background": "0", "tumour": "1"}, {0: "background", 1: "tumour"}),
+    ({"0": 0, "1": 1}, {0: "0", 1: "1"}),
+    ({"background": "0", "whole": ["1", 2], "core": "2"}, {0: "background", 1: "label_1", 2: "core"}),
+    (["background", "tumour"], {0: "background", 1: "tumour"}),
+    ({}, {}),
+]
+
+
+@pytest.mark.parametrize(("labels", "classes"), LABELS)
+def test_labels_of_dataset_json_as_people_write_them(tree, labels, classes):
     folder = tree("a.nii.gz")
-    (folder / "dataset.json").write_text(content)
-    with pytest.raises(ValueError, match=r"dataset.json: not a dataset.json of MSD or nnU-Net"):
+    write_json(folder / "dataset.json", {"labels": labels})
+    assert collect(folder).classes == classes
+
+
+CASE = {"images": ["a_0000.nii.gz"], "label": "b.nii.gz"}
+BROKEN = [
+    ([1], "expected an object, found list"),
+    ({"modality": [1]}, "expected names of channels"),
+    ({"labels": {"a": "b"}}, "the label 'a' is 'b', expected a whole number"),
+    ({"labels": {"a": None}}, "the label 'a' is None"),
+    ({"labels": {"a": 0.5}}, "the label 'a' is 0.5"),
+    ({"labels": {"a": True}}, "the label 'a' is True"),
+    ({"labels": {"a": [1, "x"]}}, r"the label 'a' is \[1, 'x'\]"),
+    ({"labels": {"0": ["background"]}}, r"the label '0' is \['background'\]"),
+    ({"labels": "a"}, "expected labels as names and values"),
+    ({"dataset": ["a"]}, "expected 'dataset' to list the files of each case"),
+    ({"dataset": {"a": "a.nii"}}, "the case 'a' of 'dataset' is 'a.nii', expected its images and label"),
+    ({"dataset": {"a": {"images": []}}}, "the case 'a' of 'dataset' is"),
+    ({"dataset": {"a": {"images": [1]}}}, "the case 'a' of 'dataset' is"),
+    ({"dataset": {"a": {"images": ["a.nii"], "label": 7}}}, "the case 'a' of 'dataset' is"),
+    ({"dataset": {"a": CASE, "b": {"images": ["a", "b"]}}}, "the case 'b' of 'dataset' has 2 images, expected 1"),
+    ({"dataset": {"a": CASE}, "channel_names": {"0": "T1", "1": "T2"}}, "the case 'a' of .* has 1 images, expected 2"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), [*BROKEN, ("{", "JSONDecodeError")])
+def test_broken_dataset_json_is_named(tree, content, message):
+    folder = tree("a.nii.gz")
+    (folder / "dataset.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=rf"dataset.json: not a dataset.json of MSD or nnU-Net \({message}"):
         collect(folder)
+
+
+def test_cases_whose_files_dataset_json_lists(tree):
+    elsewhere = tree("c.nii.gz", root="elsewhere")
+    folder = tree("scans/x.nii.gz", "scans/y.nii.gz", "masks/m.nii.gz", "imagesTr/z_0000.nii.gz")
+    listed = {
+        "p1": {"images": ["scans/x.nii.gz", "scans/y.nii.gz"], "label": "masks/m.nii.gz"},
+        "p2": {"images": [str(elsewhere / "c.nii.gz"), "scans/gone.nii.gz"]},
+        "p\n3": {"images": ["scans/x.nii.gz", "scans/y.nii.gz"], "label": "masks/m.nii.gz"},
+    }
+    names = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "lesion": 1}}
+    write_json(folder / "dataset.json", {**names, "dataset": listed})
+    collection = collect(folder)
+    assert ids(collection) == ["p\n3", "p1", "p2"]
+    assert [item.problem and item.problem[0] for item in collection.items] == ["bad_name", None, "missing_label"]
+    assert collection.items[1].images == (folder / "scans/x.nii.gz", folder / "scans/y.nii.gz")
+    assert collection.items[1].label == folder / "masks/m.nii.gz"
+    assert collection.items[2].images == (elsewhere / "c.nii.gz", folder / "scans/gone.nii.gz")
+    assert (collection.channels, collection.classes) == (["T1", "T2"], {0: "background", 1: "lesion"})
+    assert collection.notes == ["the files of 3 cases are those that dataset.json lists"]
+    assert ids(collect(folder / "scans", folder / "scans" / ".." / "scans", label_name="y")) == ["x"]  # as asked for
 
 
 def test_a_store_beside_the_images_declares_nothing(tree):

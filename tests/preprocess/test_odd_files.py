@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import struct
-from itertools import permutations
+from itertools import permutations, product
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +16,9 @@ from amaes.preprocess.__main__ import main
 from amaes.preprocess.case import preprocess_case
 from amaes.preprocess.config import Config
 from amaes.preprocess.nifti_header import RejectedInput
+from amaes.preprocess.orientation import axis_assignment
 from amaes.preprocess.read_case import read_label
+from amaes.preprocess.report import with_remedy
 from tests.conftest import AFFINE, SHAPE, make_volume, save_nifti
 
 
@@ -59,6 +61,22 @@ def test_a_header_that_contradicts_its_file_is_refused(kind, suffix, nifti_file)
         return
     with pytest.raises(RejectedInput, match=message):
         nifti.read_nifti(path)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 16, 32, 64, -1])
+def test_two_sizes_of_a_voxel_are_a_warning_or_with_verify_a_fault(bits, nifti_file):
+    path = nifti_file("a.nii.gz", patch={72: short(bits)})  # float32
+    header, data = nifti.read_nifti(path)
+    assert np.array_equal(nifti.to_stored_axes(data, header.ornt), make_volume())
+    assert [warning for warning in header.warnings if warning.startswith("bitpix: a.nii.gz: ")] == header.warnings
+    assert bool(header.warnings) == (bits not in (0, 32))
+    if header.warnings:
+        with pytest.raises(
+            RejectedInput, match=rf"header says {bits} bits per voxel \(bitpix\), but a data type of 32"
+        ):
+            nifti.read_nifti(path, verify=True)
+    else:
+        nifti.read_nifti(path, verify=True)
 
 
 def test_extensions_lie_between_header_and_data(tmp_path):
@@ -170,6 +188,28 @@ def test_image_and_label_of_a_tie_lie_on_one_grid(axis, angle, change, nifti_fil
             assert np.array_equal(found, image > 500)
 
 
+@pytest.mark.parametrize(("axis", "angle"), TIES)
+def test_a_tie_stored_in_any_order_is_the_same_volume_in_ras(axis, angle):
+    """Six orders of the axes, each with every one of eight signs: one array and one affine, whatever the order."""
+    angles = np.zeros(3)
+    angles[axis] = np.deg2rad(angle)
+    affine = nib.affines.from_matvec(nib.eulerangles.euler2mat(*angles[::-1]) @ np.diag([1.5, 1.25, 2]), [5, -7, 9])
+    volume, found = make_volume(), []
+    for order in permutations(range(3)):
+        for signs in product([1, -1], repeat=3):
+            ornt = np.column_stack([np.argsort(order), signs])
+            stored = nifti.to_stored_axes(volume, ornt)
+            turned = affine @ np.linalg.inv(nib.orientations.inv_ornt_aff(ornt, stored.shape))
+            turned[:3] += np.random.default_rng(len(found)).uniform(-1e-7, 1e-7, (3, 4))  # as rounding does
+            axes = axis_assignment(turned)
+            found.append((nifti.to_ras(stored, axes), turned @ nib.orientations.inv_ornt_aff(axes, stored.shape)))
+    assert len(found) == 48
+    for array, grid in found[1:]:
+        assert np.array_equal(array, found[0][0])
+        np.testing.assert_allclose(grid, found[0][1], atol=1e-4)
+    assert (np.diag(found[0][1])[:3] > -1e-4).all()  # no axis points away from its own
+
+
 # Names ----------------------------------------------------------------------------------------------------------------
 
 UNPRINTABLE = {
@@ -276,8 +316,10 @@ def test_nan_background_zero_takes_nan_as_0(which, nifti_file):
     images = {"label": sound, "second channel": [sound[0], nifti_file("more_nan.nii", holed)]}
     images = images.get(which, [nifti_file("nan.nii", holed), sound[1]])
     label_file = nifti_file("label_nan.nii", holed_label) if which == "label" else nifti_file("label.nii", label)
-    with pytest.raises(RejectedInput):
+    with pytest.raises(RejectedInput) as caught:
         preprocess_case(images, Config(), label_file)
+    assert caught.value.code == "nonfinite_many"
+    assert "`nan_background` zero takes NaN as 0, as SPM" in with_remedy(caught.value.code, str(caught.value))
     if which == "infinite":  # no statistics package means 0 by it
         with pytest.raises(RejectedInput, match="NaN or infinite"):
             preprocess_case(images, Config(nan_background="zero"), label_file)
