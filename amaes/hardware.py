@@ -189,18 +189,19 @@ SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches that each worker reads ahead
 
 
-def check_shared_memory(workers: int, batch_bytes: int, prefetch: int = PREFETCH, local_world: int = 1) -> str | None:
+def check_shared_memory(workers: int, batch_bytes: int, local_world: int = 1) -> str | None:
     """One line, with what helps, where memory may not hold the batches that workers read ahead; None where it does.
+
+    Each worker reads PREFETCH batches ahead; beside them there is the one in use.
 
     Args:
         workers: processes per rank that read; without any, nothing is shared.
         batch_bytes: of what a rank takes at once: one micro-step.
-        prefetch: batches that each worker reads ahead; beside them there is the one in use.
         local_world: ranks on this machine, which share its memory.
     """
     if not workers:
         return None
-    needed = local_world * (workers * prefetch + 1) * batch_bytes
+    needed = local_world * (workers * PREFETCH + 1) * batch_bytes
     batches = f"{workers} `workers` of {local_world} ranks hold up to {needed / GB:.1f} GB of batches"
     shared = free_shared_memory()
     if shared is not None and needed > shared:

@@ -153,9 +153,9 @@ def predict_case(
 def window_starts(length: int, patch: int, overlap: float, placement: str = "even") -> list[int]:
     """First voxels of the windows along one axis of at least `patch` voxels; the windows cover it, none leaves it."""
     if not 0 <= overlap < 1:
-        raise ValueError(f"overlap is {overlap}; accepted: a fraction in [0, 1)")
+        raise ValueError(f"`overlap` {overlap}: expected a fraction in [0, 1)")
     if placement not in PLACEMENTS:
-        raise ValueError(f"placement is {placement!r}; accepted: {', '.join(PLACEMENTS)}")
+        raise ValueError(f"`placement` {placement!r} is unknown; accepted: {', '.join(PLACEMENTS)}")
     last = length - patch
     step = max(1, int(patch * (1 - overlap)))
     steps = -(-last // step)  # ceil
@@ -176,7 +176,7 @@ def window_weight(patch: Sequence[int], blend: str = "gaussian") -> torch.Tensor
     "gaussian" (Isensee et al. 2021): sigma = side / 8. The tail, which underflows in a corner, is raised to 1e-3.
     """
     if blend not in BLENDS:
-        raise ValueError(f"blend is {blend!r}; accepted: {', '.join(BLENDS)}")
+        raise ValueError(f"`blend` {blend!r} is unknown; accepted: {', '.join(BLENDS)}")
     weight = torch.ones(tuple(patch), dtype=torch.float64)
     if blend == "gaussian":
         for axis, side in enumerate(patch):
@@ -282,11 +282,13 @@ def _float_tensor(image: np.ndarray | torch.Tensor, device: torch.device) -> tor
 def _checked(image, patch_size: Sequence[int], batch_size: int | None, tta_axes: Sequence[int]) -> tuple[int, ...]:
     patch = tuple(int(side) for side in patch_size)
     if image.ndim != 4 or len(patch) != 3 or min(patch) < 1 or 0 in image.shape:
-        raise ValueError(f"image {tuple(image.shape)}, patch {patch}: (C, X, Y, Z) and three positive sides expected")
+        raise ValueError(
+            f"image {tuple(image.shape)}, `patch_size` {patch}: expected (C, X, Y, Z) and three positive sides"
+        )
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; accepted: at least 1")
+        raise ValueError(f"`batch_size` {batch_size}: expected at least 1")
     if len(set(tta_axes)) != len(tta_axes) or not set(tta_axes) <= {0, 1, 2}:
-        raise ValueError(f"tta_axes is {tuple(tta_axes)}; accepted: different axes among 0, 1, 2")
+        raise ValueError(f"`tta_axes` {tuple(tta_axes)}: expected different axes among 0, 1, 2")
     return patch
 
 

@@ -25,12 +25,12 @@ def reconstruction_loss(
         Scalar.
     """
     if over not in RECONSTRUCTION_MEANS:
-        raise ValueError(f"over {over!r} is unknown; accepted: {', '.join(RECONSTRUCTION_MEANS)}")
+        raise ValueError(f"`over` {over!r} is unknown; accepted: {', '.join(RECONSTRUCTION_MEANS)}")
     error = (prediction.float() - target.float()).square()
     if over == "all":
         return error.mean()
     if mask is None:
-        raise ValueError(f"over {over!r} needs the mask")
+        raise ValueError(f"`over` {over!r}: needs `mask`")
     hidden = mask.to(error.dtype)
     total = (error * hidden).sum()
     return total / (error.numel() if over == "masked-parity" else hidden.sum() * error.shape[1])

@@ -36,7 +36,7 @@ def token_mask(
     """
     sides = x.shape[2:]
     if token_size < 1 or any(side % token_size for side in sides):
-        raise ValueError(f"token_size {token_size}: the sides of the patch {tuple(sides)} must be multiples of it")
+        raise ValueError(f"`token_size` {token_size}: the sides of the patch {tuple(sides)} must be multiples of it")
     grid = [side // token_size for side in sides]
     count = grid[0] * grid[1] * grid[2]
     if keys is None:
@@ -52,7 +52,7 @@ def token_mask(
 def hide_tokens(noise: torch.Tensor, mask_ratio: float) -> torch.Tensor:
     """Keep the `int(L * (1 - mask_ratio))` tokens of smallest noise in each row, hide the others: (B, L), bool."""
     if not 0 <= mask_ratio < 1:
-        raise ValueError(f"mask_ratio {mask_ratio} is outside [0, 1)")
+        raise ValueError(f"`mask_ratio` {mask_ratio} is outside [0, 1)")
     keep = int(noise.shape[1] * (1 - mask_ratio))
     rank = noise.argsort(dim=1, stable=True).argsort(dim=1)
     return rank >= keep

@@ -36,7 +36,7 @@ class Counts:
 
     def __init__(self, tp: int, fp: int, fn: int, empty: str = "nan") -> None:
         if empty not in EMPTY:
-            raise ValueError(f"empty is {empty!r}; accepted: {', '.join(EMPTY)}")
+            raise ValueError(f"`empty` {empty!r} is unknown; accepted: {', '.join(EMPTY)}")
         self.tp, self.fp, self.fn = int(tp), int(fp), int(fn)
         self.n_reference, self.n_prediction = self.tp + self.fn, self.tp + self.fp
         self.both_empty = 1.0 if empty == "one" else NAN
@@ -214,7 +214,7 @@ def measure_case(
     """
     metrics = tuple(metrics)
     if unknown := [name for name in metrics if name not in METRICS]:
-        raise ValueError(f"unknown metric {', '.join(unknown)}; accepted: {', '.join(METRICS)}")
+        raise ValueError(f"`metrics` {', '.join(unknown)}: unknown; accepted: {', '.join(METRICS)}")
     spacing = _checked_spacing(prediction, reference, spacing)
     confusion = confusion_matrix(prediction, reference, num_classes)
     groups = {str(k): (k,) for k in range(1, num_classes)} if regions is None else dict(regions)
@@ -306,8 +306,8 @@ def _joint_box(boxes: list[list[tuple[slice, ...]]]) -> tuple[slice, ...]:
 
 def _checked_spacing(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     if prediction.ndim != 3 or prediction.shape != reference.shape:
-        raise ValueError(f"prediction {prediction.shape} and reference {reference.shape}: one shape (X, Y, Z) expected")
+        raise ValueError(f"prediction {prediction.shape} and reference {reference.shape}: expected one shape (X, Y, Z)")
     spacing = np.asarray(spacing, float)
     if spacing.shape != (3,) or not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise ValueError(f"spacing is {spacing.tolist()}; three positive numbers in mm expected")
+        raise ValueError(f"`spacing` {spacing.tolist()}: expected three positive numbers, in mm")
     return spacing

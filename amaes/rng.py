@@ -39,33 +39,32 @@ def keys(seed: int, epochs: Sequence[int], samples: Sequence[int], purpose: str)
     return torch.from_numpy(np.concatenate(words).view(np.int64))
 
 
-def bits(keys: torch.Tensor, count: int, offset: int = 0) -> torch.Tensor:
-    """Pseudo-random 64-bit integers by counter (SplitMix64): element i of row b depends on keys[b] and offset + i.
+def bits(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """Pseudo-random 64-bit integers by counter (SplitMix64): element i of row b depends on keys[b] and i alone.
 
     Args:
         keys: (B,), int64.
         count: numbers per key.
-        offset: index of the first number, to continue a row.
 
     Returns:
         (B, count), int64 over its whole range, on the device of the keys; no synchronisation.
     """
-    index = torch.arange(offset + 1, offset + count + 1, device=keys.device, dtype=torch.int64)
+    index = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
     z = keys[:, None] + index * _GAMMA  # wraps around, as intended
     z = (z ^ _shift(z, 30)) * _MIX1
     z = (z ^ _shift(z, 27)) * _MIX2
     return z ^ _shift(z, 31)
 
 
-def uniform(keys: torch.Tensor, count: int, offset: int = 0) -> torch.Tensor:
+def uniform(keys: torch.Tensor, count: int) -> torch.Tensor:
     """Uniform numbers in [0, 1), float32 with 24 random bits: (B, count)."""
-    return _shift(bits(keys, count, offset), 40).to(torch.float32) * 2.0**-24
+    return _shift(bits(keys, count), 40).to(torch.float32) * 2.0**-24
 
 
-def normal(keys: torch.Tensor, count: int, offset: int = 0) -> torch.Tensor:
+def normal(keys: torch.Tensor, count: int) -> torch.Tensor:
     """Standard normal numbers, float32: (B, count). Box-Muller, two numbers from each 64-bit integer."""
     pairs = -(-count // 2)
-    z = bits(keys, pairs, offset)
+    z = bits(keys, pairs)
     radius = ((_shift(z, 40).to(torch.float32) + 0.5) * 2.0**-24).log_().mul_(-2.0).sqrt_()
     angle = (z & 0xFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-24)
     return torch.cat([radius * angle.cos(), radius * angle.sin_()], dim=1)[:, :count]

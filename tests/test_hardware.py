@@ -155,17 +155,17 @@ def test_batches_that_fit_into_shared_memory_give_no_warning(host):
 
 
 @pytest.mark.parametrize(
-    ("workers", "batch", "prefetch", "ranks", "flag"),
+    ("workers", "batch", "ranks", "flag"),
     [
-        (2, 10 << 20, 2, 2, "--shm-size=1g"),  # 100 MiB
-        (4, 256 << 20, 2, 1, "--shm-size=3g"),  # 2.25 GiB
-        (1, 1 << 30, 2, 1, "--shm-size=4g"),  # 3 GiB, and room for others
-        (8, 64 << 20, 4, 8, "--shm-size=17g"),  # 16.5 GiB
+        (2, 10 << 20, 2, "--shm-size=1g"),  # 100 MiB
+        (4, 256 << 20, 1, "--shm-size=3g"),  # 2.25 GiB
+        (1, 1 << 30, 1, "--shm-size=4g"),  # 3 GiB, and room for others
+        (8, 64 << 20, 8, "--shm-size=9g"),  # 8.5 GiB
     ],
 )
-def test_too_little_shared_memory_names_the_size_to_ask_for(host, workers, batch, prefetch, ranks, flag):
+def test_too_little_shared_memory_names_the_size_to_ask_for(host, workers, batch, ranks, flag):
     host(shared=64 << 20, memory=1 << 40)  # what docker gives
-    line = hardware.check_shared_memory(workers, batch, prefetch, ranks)
+    line = hardware.check_shared_memory(workers, batch, ranks)
     assert f"docker run {flag} or --ipc=host" in line
     assert f"{workers} `workers` of {ranks} ranks" in line
     assert "0.1 GB free" in line

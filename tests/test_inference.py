@@ -246,7 +246,7 @@ def test_sums_go_to_the_cpu_where_they_do_not_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"overlap": 1.0}, "overlap is 1.0"),
+        ({"overlap": 1.0}, "`overlap` 1.0"),
         ({"blend": "cosine"}, "gaussian, uniform"),
         ({"placement": "random"}, "even, flush"),
         ({"batch_size": 0}, "batch_size"),

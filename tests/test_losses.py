@@ -58,7 +58,7 @@ def test_masked_loss_is_the_mean_over_hidden_voxels():
 
 def test_wrong_arguments_are_named():
     x = torch.zeros(1, 1, 2, 2, 2)
-    with pytest.raises(ValueError, match="over 'some' is unknown"):
+    with pytest.raises(ValueError, match="`over` 'some' is unknown"):
         reconstruction_loss(x, x, over="some")
-    with pytest.raises(ValueError, match="needs the mask"):
+    with pytest.raises(ValueError, match="needs `mask`"):
         reconstruction_loss(x, x, over="masked")

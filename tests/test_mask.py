@@ -66,7 +66,12 @@ def test_ratio_zero_hides_nothing():
 
 @pytest.mark.parametrize(
     ("size", "ratio", "message"),
-    [(5, 0.6, "token_size 5"), (0, 0.6, "token_size 0"), (4, 1.0, "mask_ratio 1.0"), (4, -0.1, "mask_ratio -0.1")],
+    [
+        (5, 0.6, "`token_size` 5"),
+        (0, 0.6, "`token_size` 0"),
+        (4, 1.0, "`mask_ratio` 1.0"),
+        (4, -0.1, "`mask_ratio` -0.1"),
+    ],
 )
 def test_wrong_arguments_are_named(size, ratio, message):
     with pytest.raises(ValueError, match=message):

@@ -96,7 +96,7 @@ class _Augment:
         self.patch_size = _check_patch(patch_size)
         self.preset = _ALIASES.get(preset, preset)
         if self.preset not in self.presets:
-            raise ValueError(f"preset={preset!r}: expected one of {', '.join(map(repr, self.presets))}")
+            raise ValueError(f"`preset` {preset!r} is unknown; accepted: {', '.join(self.presets)}")
         if seed < 0:
             raise ValueError(f"`seed` {seed}: expected an integer >= 0")
         self.seed = seed

@@ -127,17 +127,16 @@ def order_of(
     seed: int,
     start: int,
     stop: int,
-    drop_last: bool = True,
     balanced: bool = False,
 ) -> Batches:
-    """The order in which a run reads its cases; `balanced` sees small ones of several stores more often.
+    """The order in which pretraining reads its cases.
 
     Args:
         store: one store or several.
         indices: positions of the cases to train on.
-        share, seed, start, stop, drop_last: see `Batches`.
+        share, seed, start, stop: see `Batches`.
         balanced: draw from several stores as `MixedBatches` does.
     """
     if balanced and isinstance(store, SeveralStores):
         return MixedBatches(store.groups(indices), share, seed=seed, start=start, stop=stop)
-    return Batches(indices, share, seed=seed, start=start, stop=stop, drop_last=drop_last)
+    return Batches(indices, share, seed=seed, start=start, stop=stop)

@@ -1,7 +1,6 @@
-"""Cases of a store, how they are split, and the random patches that training reads.
+"""How the cases of a store are split: training and validation, or folds of training and test.
 
-Arrays are (C, X, Y, Z), RAS+, intensities in [0, 1]. Order, crops and everything else random depend on
-(seed, epoch, case) alone, so they are the same for any number of workers, ranks and restarts.
+A split is drawn once from its seed, and kept in STORE/splits.json.
 """
 
 from __future__ import annotations
@@ -12,23 +11,26 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from amaes import rng
+from amaes.choices import SPLIT_BY
 from amaes.data.store import Case, Store
 from amaes.files import read_json, write_json
 
 SPLITS_FORMAT = "amaes-splits-1"
 
 
-def pretrain_split(store: Store, fraction: float = 0.01, seed: int = 0, group: str = "subject") -> dict[str, list[str]]:
+def pretrain_split(
+    store: Store, fraction: float = 0.01, seed: int = 0, split_by: str = "subject"
+) -> dict[str, list[str]]:
     """Training and validation ids: `ceil(fraction * n)` volumes for validation (arXiv 2408.00640: 1 %).
 
     Args:
         store: where the cases are.
         fraction: share of volumes, in [0, 1).
         seed: of the shuffle.
-        group: "subject" keeps all volumes of a subject on one side (the last subject taken may bring a few more),
+        split_by: "subject" keeps all volumes of a subject on one side (the last subject taken may bring a few more),
             "volume" shuffles volumes as the published code does.
     """
-    groups = _groups(store.cases, group)
+    groups = _groups(store.cases, split_by)
     wanted, validation = int(np.ceil(fraction * len(store.cases))), []
     for i in rng.stream(seed, 0, 0, "split").permutation(len(groups))[:-1]:  # one group always stays for training
         if len(validation) >= wanted:
@@ -73,6 +75,7 @@ def fold_splits(store: Store, folds: int = 6, train_cases: int = 20, seed: int =
 
 
 def _chunks(cases: Sequence[Case], size: int, generator: np.random.RandomState) -> Iterator[list[str]]:
+    """Ids of whole subjects in random order, in disjoint lists of `size` or a few more; the remainder is left out."""
     groups, chunk = _groups(cases, "subject"), []
     for i in generator.permutation(len(groups)):
         chunk = chunk + groups[i]
@@ -81,12 +84,13 @@ def _chunks(cases: Sequence[Case], size: int, generator: np.random.RandomState) 
             chunk = []
 
 
-def _groups(cases: Sequence[Case], group: str) -> list[list[str]]:
-    if group not in ("subject", "volume"):
-        raise ValueError(f"group {group!r} is unknown; accepted: subject, volume")
+def _groups(cases: Sequence[Case], split_by: str) -> list[list[str]]:
+    """Ids of the cases that stay together, a list per subject or per volume, sorted."""
+    if split_by not in SPLIT_BY:
+        raise ValueError(f"`split_by` {split_by!r} is unknown; accepted: {', '.join(SPLIT_BY)}")
     members: dict[str, list[str]] = {}
     for case in cases:
-        members.setdefault(case.subject if group == "subject" else case.id, []).append(case.id)
+        members.setdefault(case.subject if split_by == "subject" else case.id, []).append(case.id)
     return [members[key] for key in sorted(members)]
 
 

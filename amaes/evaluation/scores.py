@@ -40,9 +40,9 @@ def fold_means(cases: Sequence[Mapping]) -> dict[str, dict]:
     return means
 
 
-def fold_score(means: Mapping[str, Mapping], metric: str = "dice") -> float:
-    """Mean over the foreground classes of their means over cases; NaN when no class has a value."""
-    return _mean(_valid(row[metric]["mean"] for name, row in means.items() if name != MICRO))
+def fold_score(means: Mapping[str, Mapping]) -> float:
+    """Dice of a fold: mean over the foreground classes of their means over cases; NaN when no class has a value."""
+    return _mean(_valid(row["dice"]["mean"] for name, row in means.items() if name != MICRO))
 
 
 def summarise(folds: Sequence[Mapping]) -> dict:
@@ -96,15 +96,14 @@ def mean_and_sd(values: Sequence[float]) -> dict:
     return {"mean": _mean(valid), "sd": sd, "folds": list(values)}
 
 
-def compare_runs(first: Sequence[Mapping], second: Sequence[Mapping], metric: str = "dice") -> dict[str, dict]:
-    """Paired comparison of two runs over the cases that both tested.
+def compare_runs(first: Sequence[Mapping], second: Sequence[Mapping]) -> dict[str, dict]:
+    """Paired comparison of the Dice of two runs over the cases that both tested.
 
     A case tested in several folds of a run counts once, with its mean. The p value is that of the two-sided Wilcoxon
     signed-rank test on the differences.
 
     Args:
         first, second: the folds of each run.
-        metric: name of the score.
 
     Returns:
         {name: {"n", "n_left_out", "first", "second", "difference", "p"}} per class and for "mean", the mean over the
@@ -113,7 +112,7 @@ def compare_runs(first: Sequence[Mapping], second: Sequence[Mapping], metric: st
     Raises:
         ValueError: the runs score different classes.
     """
-    of_first, of_second = _scores_per_case(first, metric), _scores_per_case(second, metric)
+    of_first, of_second = _dice_per_case(first), _dice_per_case(second)
     common = sorted(of_first.keys() & of_second.keys())
     classes = [list(scores) for scores in (*of_first.values(), *of_second.values())]
     if any(names != classes[0] for names in classes):
@@ -153,11 +152,11 @@ def nan_to_null(content: object) -> object:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _scores_per_case(folds: Sequence[Mapping], metric: str) -> dict[str, dict[str, float]]:
-    """{case: {class: score, ..., "mean": score}}, averaged over the folds that tested the case."""
+def _dice_per_case(folds: Sequence[Mapping]) -> dict[str, dict[str, float]]:
+    """{case: {class: Dice, ..., "mean": Dice}}, averaged over the folds that tested the case."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for case in (case for fold in folds for case in fold["cases"]):
-        scores = {name: row[metric] for name, row in case["classes"].items() if name != MICRO}
+        scores = {name: row["dice"] for name, row in case["classes"].items() if name != MICRO}
         for name, score in (scores | {"mean": _mean(_valid(scores.values()))}).items():
             values[case["id"]][name].append(score)
     return {id: {name: _mean(_valid(scores)) for name, scores in of_case.items()} for id, of_case in values.items()}

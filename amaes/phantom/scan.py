@@ -99,7 +99,7 @@ def phantom(
         ValueError: unknown sequence, or a field of view below 32 mm, where nothing but the skull would be left.
     """
     if sequence not in SIGNAL:
-        raise ValueError(f"sequence {sequence!r} is unknown; choose from {', '.join(SIGNAL)}")
+        raise ValueError(f"`sequence` {sequence!r} is unknown; accepted: {', '.join(SIGNAL)}")
     if not 32 <= fov <= 256:
         raise ValueError(f"`fov` is {fov:g} mm; accepted: 32 to 256")
     head = Head(stream(seed, 0, subject, "phantom-head"), fov, lesions)

@@ -97,8 +97,8 @@ def time_training(
 
 
 def steps_needed(count: int) -> int:
-    """Steps that `time_training` reads batches for: of three kinds, with their warm-up."""
-    return 3 * (count + _warm_up(count))
+    """Steps that `time_training` reads batches for: one kind of step reads all of its own, the others share one."""
+    return 1 + count + _warm_up(count)
 
 
 def _warm_up(count: int) -> int:
@@ -145,8 +145,8 @@ def timing_table(seconds: dict[str, float], share: Share, flop: float, device: t
     lines += [f"{name:34s} {1000 * s:9.1f} {share.batch_size / s:10.2f}" for name, s in rows.items()]
     name, limit = peak_tflops(device)
     rate = flop * share.of_rank / seconds["network"] / 1e12
-    share = "" if limit is None else f", {100 * rate / limit:.1f} % of the {limit:.0f} of {name} in bf16"
-    lines.append(f"network alone: {rate:.3g} TFLOP/s per {'GPU' if device.type == 'cuda' else 'rank'}{share}")
+    of_limit = "" if limit is None else f", {100 * rate / limit:.1f} % of the {limit:.0f} of {name} in bf16"
+    lines.append(f"network alone: {rate:.3g} TFLOP/s per {'GPU' if device.type == 'cuda' else 'rank'}{of_limit}")
     lines.append(f"peak memory: {peak_gb(device):.2f} GB on {name}")
     return [*lines, verdict(seconds)]
 

@@ -27,7 +27,8 @@ def check_patch_size(patch_size: Sequence[int], arch: str, token_size: int = 1) 
     stride, fewest = encoder.strides[-1], encoder.min_bottleneck_voxels
     unit = math.lcm(stride, token_size)
     sides = " ".join(map(str, patch_size))
-    accepted = f"{arch} with tokens of {token_size} takes multiples of {unit}"
+    tokens = f" with tokens of {token_size}" if token_size > 1 else ""
+    accepted = f"{arch}{tokens} takes multiples of {unit}"
     for side in patch_size:
         if side % unit or side < unit:
             below = max(side // unit, -(-2 * stride // unit)) * unit

@@ -37,7 +37,7 @@ def hyperparameters(preset: str, task: str, arch: str) -> dict:
         arch: name of the architecture.
     """
     if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown; accepted: {', '.join(PRESETS)}")
+        raise ValueError(f"`preset` {preset!r} is unknown; accepted: {', '.join(PRESETS)}")
     rows, common = PRESETS[preset]
     row = next(row for (row_task, start), row in rows.items() if row_task == task and arch.startswith(start))
     return row | common

@@ -1,4 +1,4 @@
-"""A run while it runs: how long each part of a step takes, when to save, and the lines that tell."""
+"""What a run says of itself: how long each part of a step takes, the loss, and what stops it."""
 
 from __future__ import annotations
 

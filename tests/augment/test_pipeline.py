@@ -205,7 +205,7 @@ def test_preset_spatial_moves_source_and_target_alike():
         ({"low_resolution_zoom": (0.5, 1.5)}, "low_resolution_zoom="),
         ({"elastic_alpha": 3}, "elastic_alpha=3: expected a pair"),
         ({"brightness": 0.1}, "brightness=0.1: no such option; accepted: order, window"),
-        ({"preset": "full"}, "preset='full': expected one of 'all', 'spatial', 'none'"),
+        ({"preset": "full"}, "`preset` 'full' is unknown; accepted: all, spatial, none"),
         ({"preset": "spatial", "gamma": 0.5}, "gamma=0.5: the preset 'spatial' has no gamma"),
         ({"preset": "none", "mirror": 0.5}, "mirror=0.5: the preset 'none' has no mirror"),
         ({"preset": "spatial", "bias": "exp"}, "the preset 'spatial' has no bias_field"),

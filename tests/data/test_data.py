@@ -128,10 +128,10 @@ def test_validation_takes_whole_subjects(tmp_path):
     assert len(split["validation"]) == 3  # two wanted, a subject has three
     subject = {case.id: case.subject for case in store.cases}
     assert not {subject[i] for i in split["train"]} & {subject[i] for i in split["validation"]}
-    assert len(pretrain_split(store, 0.2, group="volume")["validation"]) == 2
+    assert len(pretrain_split(store, 0.2, split_by="volume")["validation"]) == 2
     assert pretrain_split(store, 0.0)["validation"] == []
-    with pytest.raises(ValueError, match="group 'site'"):
-        pretrain_split(store, group="site")
+    with pytest.raises(ValueError, match="`split_by` 'site' is unknown; accepted: subject, volume"):
+        pretrain_split(store, split_by="site")
 
 
 def test_one_subject_is_trained_on_and_not_validated(tmp_path):
