@@ -1,6 +1,7 @@
 """Predict the test cases of every fold, measure them, write the table; with two runs, compare them case by case.
 
     python evaluate.py RUN [RUN ...]
+    python evaluate.py --predictions DIR --labels DIR
 
 The same command again uses the predictions that are there. Read it from top to bottom: options, runs, folds, cases.
 """
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from amaes import cli
 from amaes.choices import EMPTY
-from amaes.evaluation.command_line import add_inference_options, failure_message, stop_if_disk_full
-from amaes.metrics import DEFAULT_METRICS, METRICS, measure_case
+from amaes.evaluation.command_line import add_inference_options
+from amaes.metrics import DEFAULT_METRICS, METRICS
 from amaes.paper import protocols
 
 
@@ -23,11 +24,15 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = cli.Parser(
         description="Dice of every fold of a run on its test cases; further runs are compared with the first, case by "
-        "case. Writes RUN/fold<k>/predictions and results.json, RUN/summary.json and summary.md."
+        "case. Writes RUN/fold<k>/predictions and results.json, RUN/summary.json, summary.md and cases.csv; with "
+        "--space store and --protocol files of their own. Metrics measured before are measured again and kept."
     )
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="folder written by train_finetune.py")
+    add("runs", type=Path, nargs="*", metavar="RUN", help="folder written by train_finetune.py")
     add("--data", type=Path, metavar="STORE", help="store of the cases (default: the one trained on)")
+    explanation = "instead of runs: folders of predictions made elsewhere, named as the labels; the tables go there"
+    add("--predictions", type=Path, nargs="+", default=[], metavar="DIR", help=explanation)
+    add("--labels", type=Path, metavar="DIR", help="label files that --predictions are measured against")
     add("--json", type=cli.output_file, metavar="FILE", help="also write all summaries and comparisons there")
     add = parser.add_argument_group("metrics").add_argument
     names = {"nargs": "+", "choices": list(METRICS), "default": list(DEFAULT_METRICS), "metavar": "NAME"}
@@ -58,6 +63,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_inference_options(parser.add_argument_group("prediction"))
     args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.predictions):
+        parser.error("expected RUN, or --predictions DIR --labels DIR, and not both")
+    if bool(args.predictions) != (args.labels is not None):
+        parser.error("--predictions and --labels are given together")
+    if args.predictions and (args.protocol or args.paper or args.data or args.space != "native"):
+        parser.error("--predictions: not with --data, --space, --paper or --protocol, which need a run")
     if args.protocol and args.data is None:
         parser.error(f"--protocol {args.protocol}: needs --data, the store of its cases")
     if args.allow_incomplete and not args.protocol:
@@ -69,17 +80,18 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     ARGS = parse_options()  # before torch is imported, so that --help answers at once
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from amaes import checkpoint
 from amaes.data.store import Store
 from amaes.distributed import pick_device
 from amaes.evaluation import scores, tables
-from amaes.evaluation.folds import Fold, Run, check_cases, check_classes, open_run, pretraining_options, scored_classes
-from amaes.evaluation.predictions import SPACES, Space, open_predictions, predict_once
-from amaes.files import is_disk_full, locked, sha256, write_json, write_text
+from amaes.evaluation.folder_scores import folder_note, measure_folder
+from amaes.evaluation.folds import Fold, Run, check_cases, check_classes, open_run, pretraining_options
+from amaes.evaluation.measure import metrics_with_earlier, predict_and_measure
+from amaes.evaluation.outputs import write_results
+from amaes.evaluation.predictions import SPACES, open_predictions
+from amaes.files import locked, sha256, write_json
 from amaes.hardware import use_bf16
 from amaes.inference import MIRROR_AXES
 from amaes.paper.compare import compare_with_paper, comparison_text
@@ -88,18 +100,17 @@ from amaes.preprocess.config import Config
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate every run alone, then compare the first one with each of the others; the exit status."""
-    device = pick_device(args.device)
-    runs = [choose_cases(open_run(path, args.data, args.paper), args) for path in args.runs]
-    for run in runs:  # what is missing shows before any work
-        check_cases(run.store, run.folds, args.space)
-    check_classes(runs)
-
-    results, summaries, texts = [], [], []
-    for run in runs:
-        results.append([evaluate_fold(fold, run.store, args, device) for fold in run.folds])
-        summary, text = summarise_run(run, results[-1], args)
-        summaries.append(summary)
-        texts.append(text)
+    if args.predictions:
+        parts, left_out = [evaluate_folder(folder, args) for folder in args.predictions], []
+    else:
+        device = pick_device(args.device)
+        runs = [choose_cases(open_run(path, args.data, args.paper), args) for path in args.runs]
+        for run in runs:  # what is missing shows before any work
+            check_cases(run.store, run.folds, args.space)
+        check_classes(runs)
+        parts = [evaluate_run(run, args, device) for run in runs]
+        left_out = [line for run in runs for line in run.unfinished]
+    summaries, results, texts = map(list, zip(*parts, strict=True))
 
     comparisons = []
     for summary, of_run in zip(summaries[1:], results[1:], strict=True):
@@ -110,10 +121,10 @@ def main(args: argparse.Namespace) -> int:
         write_json(args.json, scores.nan_to_null({"runs": summaries, "comparisons": comparisons}))
 
     print("\n".join(texts), flush=True)
-    left_out = [line for run in runs for line in run.unfinished]
-    for run, of_run in zip(runs, results, strict=True):
+    for summary, of_run in zip(summaries, results, strict=True):
         failed = [(fold["fold"], case) for fold in of_run for case in fold["failed"]]
-        left_out += [f"{run.path}/fold{number}: {case['id']}: {case['message']}" for number, case in failed]
+        fold = "{}" if args.predictions else "{}/fold{}"
+        left_out += [f"{fold.format(summary['run'], k)}: {case['id']}: {case['message']}" for k, case in failed]
     for line in left_out:
         print(line, file=sys.stderr)
     return cli.EXIT_REJECTED if left_out else cli.EXIT_OK
@@ -130,6 +141,8 @@ def choose_cases(run: Run, args: argparse.Namespace) -> Run:
         trained = run.options.get("protocol")
         ids, groups = protocols.evaluation_cases(run.store, args.protocol, trained, train, args.allow_incomplete)
         folds = [replace(fold, test=ids, suffix=f"-{args.protocol}") for fold in folds]
+    if args.space != "native":
+        folds = [replace(fold, suffix=f"-{args.space}{fold.suffix}") for fold in folds]
     return replace(run, folds=folds, groups=groups)
 
 
@@ -153,8 +166,11 @@ def ignored_label(run: Run, args: argparse.Namespace) -> int | None:
     return protocols.WMH_OTHER_PATHOLOGY
 
 
-def summarise_run(run: Run, results: list[dict], args: argparse.Namespace) -> tuple[dict, str]:
-    """Means over the folds of a run and their Markdown, written into the run's folder."""
+def evaluate_run(run: Run, args: argparse.Namespace, device: torch.device) -> tuple[dict, list[dict], str]:
+    """Means over the folds of a run, the results of the folds, and the Markdown; written into the run's folder."""
+    suffix = run.folds[0].suffix
+    metrics = metrics_with_earlier(run, args.metrics, suffix)
+    results = [evaluate_fold(fold, run.store, metrics, args, device) for fold in run.folds]
     summary = {
         "format": "amaes-summary-1",
         "run": str(run.path),
@@ -172,16 +188,23 @@ def summarise_run(run: Run, results: list[dict], args: argparse.Namespace) -> tu
         pretraining = pretraining_options(run.options)
         summary["paper"] = compare_with_paper(run.options, summary, args.protocol, pretraining)
         text += "\n" + comparison_text(summary["run"], summary, summary["paper"])
-    suffix = run.folds[0].suffix
-    write_json(run.path / f"summary{suffix}.json", scores.nan_to_null(summary))
-    write_text(run.path / f"summary{suffix}.md", text)
-    return summary, text
+    write_results(run.path, suffix, summary, results, text)
+    return summary, results, text
+
+
+def evaluate_folder(folder: Path, args: argparse.Namespace) -> tuple[dict, list[dict], str]:
+    """What `evaluate_run` gives, of a folder of predictions made elsewhere; written there."""
+    measured = {"metrics": args.metrics, "empty": args.empty, "tau": args.tau}
+    summary, results = measure_folder(folder, args.labels, measured=measured, missing=args.missing)
+    text = tables.run_tables(summary["run"], summary, summary["labels"], folder_note(summary))
+    write_results(folder, "", summary, results, text)
+    return summary, results, text
 
 
 # Folds ----------------------------------------------------------------------------------------------------------------
 
 
-def evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: torch.device) -> dict:
+def evaluate_fold(fold: Fold, store: Store, metrics: list[str], args: argparse.Namespace, device: torch.device) -> dict:
     """Predict and measure the test cases of a fold; predictions and results.json go into its folder."""
     with locked(fold.folder, "another process is evaluating this fold; wait for it, it may make other predictions"):
         model, meta = checkpoint.load_segmenter(fold.checkpoint, device)
@@ -195,10 +218,13 @@ def evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: to
             "precision": "bf16" if use_bf16(device, args.precision) else "fp32",
         }
         space = SPACES[args.space](store, open_predictions(fold, store, made_by), fold.ignored_label)
-        cases, failed = predict_and_measure(fold, store, model, meta, space, args)
+        windows = {name: getattr(args, name) for name in ("overlap", "batch_size", "precision")}
+        windows["tta_axes"] = MIRROR_AXES if args.tta else ()
+        measured = {"metrics": metrics, "empty": args.empty, "tau": args.tau}
+        how = {"measured": measured, "windows": windows, "missing": args.missing}
+        cases, failed = predict_and_measure(fold, store, model, meta, space, **how)
         means = scores.fold_means(cases)
-        settings = {name: getattr(args, name) for name in ("metrics", "tau", "empty", "missing")}
-        settings = made_by | settings | {"ignored_label": fold.ignored_label}
+        settings = made_by | measured | {"missing": args.missing, "ignored_label": fold.ignored_label}
         content = {
             "format": "amaes-results-1",
             "fold": fold.number,
@@ -212,36 +238,6 @@ def evaluate_fold(fold: Fold, store: Store, args: argparse.Namespace, device: to
         }
         write_json(fold.folder / f"results{fold.suffix}.json", scores.nan_to_null(content))
     return content
-
-
-def predict_and_measure(
-    fold: Fold, store: Store, model: torch.nn.Module, meta: dict, space: Space, args: argparse.Namespace
-) -> tuple[list[dict], dict[str, str]]:
-    """The scores of the test cases of a fold, and {id: message} of those that failed."""
-    num_classes = meta["build"]["num_classes"]
-    windows = {"overlap": args.overlap, "batch_size": args.batch_size, "precision": args.precision}
-    windows["tta_axes"] = MIRROR_AXES if args.tta else ()
-    measured = {"metrics": args.metrics, "empty": args.empty, "tau": args.tau}
-    measured["regions"] = scored_classes(store, num_classes)
-    cases, failed = [], {}
-    for id in tqdm(fold.test, desc=str(fold.folder), unit="case", disable=None):
-        try:  # one case must not end the others
-            reference = space.reference(id)
-            try:
-                prediction = predict_once(model, store, id, space, reference, meta["patch_size"], **windows)
-            except Exception as error:
-                if args.missing == "error" or is_disk_full(error):
-                    raise
-                failed[id] = failure_message(error)
-                prediction = np.zeros_like(reference.labels)
-            if reference.ignored is not None:
-                prediction[reference.ignored] = 0
-            classes = measure_case(prediction, reference.labels, num_classes, reference.spacing, **measured)
-            cases.append({"id": id, "classes": classes, "warnings": reference.warnings})
-        except Exception as error:
-            stop_if_disk_full(error, f"{fold.folder}: {len(cases)} of {len(fold.test)} cases measured")
-            failed[id] = failure_message(error)
-    return cases, failed
 
 
 if __name__ == "__main__":

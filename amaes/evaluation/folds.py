@@ -22,7 +22,8 @@ class Fold:
         checkpoint: the last one.
         train: ids of the cases that it was trained on.
         test: ids of the cases to test.
-        suffix: is added to the names of what evaluation writes; not empty where `test` are not the fold's own cases.
+        suffix: is added to the names of what evaluation writes; not empty where `test` are not the fold's own cases, or
+            where they are measured on the store's grid.
         ignored_label: value of the label files whose voxels are left out of both maps; None: none is.
     """
 

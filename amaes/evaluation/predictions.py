@@ -136,10 +136,9 @@ def open_predictions(fold: Fold, store: Store, made_by: Mapping) -> Path:
     Args:
         fold: its `test` cases are predicted.
         store: of the cases.
-        made_by: what predictions depend on apart from the case, as plain data; "space" is in it.
+        made_by: what predictions depend on apart from the case, as plain data.
     """
-    name = "predictions" if made_by["space"] == "native" else "predictions_store"
-    folder = fold.folder / f"{name}{fold.suffix}"
+    folder = fold.folder / f"predictions{fold.suffix}"
     record = folder / "made_by.json"
     versions = _array_versions(store, fold.test)
     known = _known_versions(record, made_by)

@@ -112,7 +112,8 @@ def comparison_tables(first: Mapping, second: Mapping, rows: Mapping[str, Mappin
     of, against = markdown_text(titles[1]), markdown_text(titles[0])
     return (
         f"## Dice % of {of} against {against}\n\n{markdown_table(['fold', *titles, 'difference'], folds)}\n\n"
-        "Paired over the cases that both tested; p: two-sided Wilcoxon signed-rank test.\n\n"
+        "Paired over the cases that both tested; p: two-sided Wilcoxon signed-rank test over the cases of these same "
+        "few networks. It says nothing about other seeds, training cases or runs.\n\n"
         f"{markdown_table(heads, paired)}\n"
     )
 

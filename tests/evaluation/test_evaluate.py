@@ -260,7 +260,7 @@ def test_a_number_without_a_label_is_no_class(make_run, store, capsys):
     (store / "dataset.json").write_text(json.dumps(index))
     make_run.classes["first"] = 4
     assert run(capsys, folder, "--empty", "one", "--space", "store")[0] == 0
-    assert list(json.loads((folder / "summary.json").read_text())["classes"]) == ["1", "3", "all"]
+    assert list(json.loads((folder / "summary-store.json").read_text())["classes"]) == ["1", "3", "all"]
 
 
 def test_a_store_that_moved_is_to_be_given(make_run, store, tmp_path, capsys, monkeypatch):
@@ -308,7 +308,7 @@ def test_store_space_is_labelled_as_such(make_run, store, capsys):
     status, out, _ = run(capsys, folder, "--space", "store")
     assert status == 0
     assert "not comparable" in out
-    assert json.loads((folder / "summary.json").read_text())["dice"]["mean"] == 0.875
+    assert json.loads((folder / "summary-store.json").read_text())["dice"]["mean"] == 0.875
 
 
 @pytest.mark.parametrize(("missing", "mean", "n_cases"), [("error", 1.0, 1), ("zero", 0.5, 2)])
@@ -473,7 +473,7 @@ def test_what_is_no_prediction_is_made_again(make_run, capsys):
     folder = make_run("first", 0.5, [["a"]])
     options = [folder, "--space", "store", "--metrics", "dice"]
     run(capsys, *options)
-    path = folder / "fold0" / "predictions_store" / "a.npy"
+    path = folder / "fold0" / "predictions-store" / "a.npy"
     whole = path.read_bytes()
     shape = np.load(path).shape
     header = whole[:10] + whole[10:128].replace(b"fortran_order", b"fortran order")

@@ -1,0 +1,105 @@
+"""What evaluate.py leaves of every case, and the scores of folders of predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from tests.conftest import save_nifti
+from tests.evaluation.test_evaluate import BLOB, LPS, MOVED, SHAPE, make_run, run, store  # noqa: F401 (fixtures)
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_a_row_per_fold_case_and_class(make_run, capsys):  # noqa: F811
+    folder = make_run("first", 0.5, [["a", "b"], ["c"]])
+    assert run(capsys, folder)[0] == 0
+    rows = rows_of(folder / "cases.csv")
+    assert [(row["fold"], row["case"], row["subject"], row["class"]) for row in rows] == [
+        (fold, case, case, name) for fold, case in (("0", "a"), ("0", "b"), ("1", "c")) for name in ("1", "all")
+    ]
+    assert [row["dice"] for row in rows] == ["1.0", "1.0", "0.75", "0.75", "0.0", "0.0"]
+    assert (rows[2]["hd95"], rows[2]["status"], rows[4]["status"]) == ("1.0", "ok", "false_positive")
+    assert rows[3]["hd95"] == ""  # only overlap is pooled
+
+
+def test_results_of_another_space_and_other_metrics_are_added(make_run, capsys):  # noqa: F811
+    folder = make_run("first", 0.5, [["a", "b"]])
+    run(capsys, folder, "--metrics", "dice", "hd95")
+    calls = len(make_run.calls)
+    native = (folder / "cases.csv").read_text()
+    assert run(capsys, folder, "--space", "store", "--metrics", "dice")[0] == 0
+    assert (folder / "cases.csv").read_text() == native
+    assert list(rows_of(folder / "cases-store.csv")[0])[-1] == "dice"
+    calls = len(make_run.calls)
+    run(capsys, folder, "--metrics", "lesion_f1")
+    row = rows_of(folder / "cases.csv")[0]
+    assert list(row)[-3:] == ["dice", "hd95", "lesion_f1"]
+    assert (row["hd95"], row["lesion_f1"]) == ("0.0", "1.0")
+    assert len(make_run.calls) == calls  # measured again, not predicted
+    assert set(json.loads((folder / "summary.json").read_text())["classes"]["1"]) >= {"dice", "hd95", "lesion_f1"}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """labels/a, b, d and predictions of a (equal), b (a voxel off, a class of its own) and x."""
+    blob, moved, two = (np.zeros(SHAPE, np.uint8) for _ in range(3))
+    blob[BLOB], moved[MOVED], two[BLOB] = 4, 4, 4
+    two[0, 0, 0] = 9
+    for name, label in {"a": blob, "b": moved, "d": blob}.items():
+        save_nifti(tmp_path / "labels" / f"{name}.nii.gz", label, LPS)
+    for name, label in {"a": blob, "b": two, "x": blob}.items():
+        save_nifti(tmp_path / "predictions" / f"{name}.nii", label, LPS)
+    return ["--predictions", tmp_path / "predictions", "--labels", tmp_path / "labels"]
+
+
+@pytest.mark.parametrize(("missing", "mean"), [("error", [1, 0.75]), ("zero", [1, 0.75, 0])])
+def test_a_folder_of_predictions_is_scored(folders, capsys, missing, mean):
+    status, out, err = run(capsys, *folders, "--metrics", "dice", "--missing", missing)
+    assert status == 1
+    assert f"{folders[1]}: d: no prediction d.nii.gz in {folders[1]}" in err
+    summary = json.loads((folders[1] / "summary.json").read_text())
+    assert summary["classes"]["4"]["dice"]["mean"] == pytest.approx(np.mean(mean))
+    assert summary["classes"]["9"]["n_false_positive"] == 1
+    assert [path[-5:] for path in summary["unused"]] == ["x.nii"]
+    assert (folders[1] / "summary.md").read_text() in out
+    assert "1 predictions have no label there" in out
+    assert [row["case"] for row in rows_of(folders[1] / "cases.csv")][::3] == ["a", "b", "d"][: len(mean)]
+
+
+def test_two_folders_of_predictions_are_compared(folders, tmp_path, capsys):
+    for name in "abd":
+        label = np.zeros(SHAPE, np.uint8)
+        label[MOVED], label[0, 0, 0] = 4, 9
+        save_nifti(tmp_path / "other" / f"{name}.nii.gz", label, LPS)
+    _, out, _ = run(capsys, folders[0], folders[1], tmp_path / "other", *folders[2:], "--metrics", "dice")
+    assert f"## Dice % of {tmp_path / 'other'} against {folders[1]}" in out
+    assert "| 4 | 2 | 0 | 87.50 | 87.50 | +0.00 |" in out
+    assert "of these same few networks" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected RUN, or --predictions DIR --labels DIR"),
+        (["RUN", "--predictions", "P", "--labels", "L"], "and not both"),
+        (["--predictions", "P"], "given together"),
+        (["RUN", "--labels", "L"], "given together"),
+        (["--predictions", "P", "--labels", "L", "--space", "store"], "not with --data, --space"),
+        (["--predictions", "P", "--labels", "none"], "--labels none: no such folder"),
+        (["--predictions", "none", "--labels", "L"], "--predictions none: no such folder"),
+        (["--predictions", "L", "--labels", "P"], "no file has the name of a label, such as a.nii.gz"),
+    ],
+)
+def test_wrong_uses_are_one_line(tmp_path, capsys, monkeypatch, options, message):
+    save_nifti(tmp_path / "P" / "a.nii.gz", np.zeros(SHAPE, np.uint8), LPS)
+    save_nifti(tmp_path / "L" / "b.nii.gz", np.zeros(SHAPE, np.uint8), LPS)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *options)
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
