@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -43,16 +44,56 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
             return action.help
         return super()._get_help_string(action)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(EXAMPLES) else super()._fill_text(text, width, indent)
+
+
+EXAMPLES = "examples:\n"
+
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with our help format and no abbreviated options (a typo must not select another option)."""
+    """ArgumentParser with our help format and no abbreviated options (a typo must not select another option).
 
-    def __init__(self, **options) -> None:
-        options.setdefault("prog", program())
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+    Args:
+        examples: the words after the program's name of commands that --help shows last.
+        options: of ArgumentParser.
+    """
 
-    def error(self, message: str) -> None:
+    def __init__(self, examples: Sequence[str] = (), **options) -> None:
+        prog = options.setdefault("prog", program())
+        python = "" if started_as or prog.startswith("python") else "python "
+        epilog = EXAMPLES + "\n".join(f"  {python}{prog} {words}" for words in examples) if examples else None
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, epilog=epilog, **options)
+
+    def format_help(self) -> str:
+        """The help; its usage is one line, since every option stands below."""
+        names = [action.metavar or action.dest for action in self._actions if not action.option_strings]
+        self.usage = " ".join([self.prog, *names, "[OPTIONS]"])
+        return super().format_help()
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            names = [name for action in self._actions for name in action.option_strings]
+            shown = [f"{word}{_did_you_mean(word.partition('=')[0], names)}" for word in unknown]
+            self.error(f"unrecognized arguments: {' '.join(shown)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2 and one line; a mistyped choice is answered with the nearest."""
+        if match := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += _did_you_mean(match[1], [name.strip("'\"") for name in match[2].split(", ")])
         _end_with_error(f"{self.prog}: error: {message}")
+
+    def refuse(self, contradictions: Sequence[str]) -> None:
+        """End with all of them, if there are any."""
+        if contradictions:
+            self.error("; ".join(contradictions))
+
+
+def _did_you_mean(word: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, names, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def run(main: Callable[..., int | None], *arguments: object) -> None:
