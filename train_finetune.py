@@ -28,26 +28,26 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     explanation = "transforms (default: spatial with --weights CKPT, else all)"
     add("--augment", choices=list(FINETUNE_PRESETS), help=explanation)
     options.add_augment_options(add)
-    explanation = "margin read around a patch for rotations; parity, official: as the published code; none: no margin"
+    explanation = "margin read for rotations; official: as the published code; parity: as that, or one voxel more"
     add("--window", choices=WINDOWS, default="parity", help=explanation)
     add("--foreground", type=cli.fraction, default=0.33, help="share of patches placed around a foreground voxel")
     add = parser.add_argument_group("weights").add_argument
     add("--weights", default=SCRATCH, metavar="CKPT|RUN", help="file or run whose encoder is taken, or scratch")
-    add("--transfer", choices=TRANSFERS, default="encoder", help="all: the decoder too, but for new heads")
-    add("--stem", choices=STEMS, default="repeat", help="first convolution, where the channels differ")
+    add("--transfer", choices=TRANSFERS, default="encoder", help="all: also the decoder, except heads of other classes")
+    add("--stem", choices=STEMS, default="repeat", help="weights of the first convolution, where the channels differ")
     add("--allow-partial", action="store_true", help="take a file that gives less than 95 %% of the encoder")
-    add("--pretrain-data", nargs="+", metavar="STORE", help="what they saw (default: as CKPT says), for leakage.json")
+    add("--pretrain-data", nargs="+", metavar="STORE", help="stores they were trained on (default: as CKPT says)")
     add("--strict-leakage", action="store_true", help="refuse to train where pretraining saw test cases")
-    explanation = "also look for scans of correlation >= R, e.g. 0.98"
+    explanation = "also look for test scans that pretraining saw in another form: correlation >= R, e.g. 0.98"
     add("--near-duplicates", type=cli.correlation, metavar="R", help=explanation)
-    add("--decoder", choices=list(SEGMENTATION_DECODERS), default="unet", help="new, but with --transfer all")
+    add("--decoder", choices=list(SEGMENTATION_DECODERS), default="unet", help="starts new unless --transfer all")
     add("--deep-supervision", action="store_true", help="also train on the outputs of coarser stages")
     add = parser.add_argument_group("folds: train on few cases, test on all others").add_argument
     add("--protocol", choices=list(PROTOCOLS), help="task of the paper: sets the folds, checks the store")
     add("--allow-incomplete", action="store_true", help="with --protocol: fewer cases than its release has")
     add("--folds", type=cli.folds, default=6, help="number of folds")
     add("--train-cases", type=cli.positive_int, default=20, help="labelled cases a fold trains on")
-    add("--split-seed", type=cli.split_seed, default=0, help="of the drawing of folds")
+    add("--split-seed", type=cli.split_seed, default=0, help="seed of the drawing of folds")
     add("--fold", default="all", metavar="K|all", help="the fold to train, counted from 0")
     add("--steps", type=cli.positive_int, default=2500, help="optimizer steps of each fold")
     options.add_model_options(parser, arch="unet_xl")
@@ -253,7 +253,7 @@ def report_leakage(args, store: Store, splits: list[dict], pretraining: list[Sto
     seen, text = distributed.from_main(report)
     if seen and args.strict_leakage:
         raise ValueError(f"--strict-leakage: {text.removeprefix('WARNING: ')}")
-    log(cli.as_options(text))
+    log(text)
 
 
 if __name__ == "__main__":

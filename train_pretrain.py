@@ -28,7 +28,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", nargs="+", default=["demo"], metavar="STORE", help=explanation)
     add("--val-fraction", type=cli.fraction, default=0.01, help="share of the volumes kept for validation")
     add("--split-by", choices=SPLIT_BY, default="subject", help="what stays on one side of that split")
-    add("--augment", choices=list(PRESETS), default="all", help="transforms; of intensity: the input's alone")
+    add("--augment", choices=list(PRESETS), default="all", help="transforms; intensities change in the input alone")
     options.add_augment_options(add)
     options.add_objective_options(parser)
     length = parser.add_argument_group("length")
@@ -37,11 +37,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=cli.positive_int, help="optimizer steps, instead of --epochs")
     add = length.add_argument
     add("--warmup", type=cli.fraction, default=0.05, help="fraction of the run in which the learning rate rises")
-    explanation = "between validations (default: an epoch, or 1 %% of the run if that is longer)"
+    explanation = "steps between validations (default: an epoch, or 1 %% of the run if that is longer)"
     add("--val-every", type=cli.positive_int, metavar="STEPS", help=explanation)
     options.add_model_options(parser, arch="unet_xl")
     add = options.add_run_options(parser, out="runs/pretrain", save_every=500)
-    explanation = "between pictures of what the network makes of fixed patches (needs matplotlib; default: none)"
+    explanation = "epochs between pictures of what the network makes of fixed patches (needs matplotlib; default: none)"
     add("--panels-every", type=cli.epochs, metavar="EPOCHS", help=explanation)
     add = parser.add_argument_group("measuring").add_argument
     explanation = "time N steps of each kind, print a table and a verdict; begins no run in --out"
@@ -158,9 +158,9 @@ def check(args: argparse.Namespace, ranks: distributed.Ranks) -> tuple[Objective
         check_mask_ratio(args.patch_size, args.token_size, args.mask_ratio, args.loss_over)
     if args.panels_every:
         check_matplotlib("panels_every")
-    own = {name: getattr(args, name) for name in options_of(args.objective)}
+    settings = {name: getattr(args, name) for name in options_of(args.objective)}
     make = OBJECTIVES[args.objective]
-    objective = make(args.patch_size, args.seed, args.augment, dict(args.augment_options), **own)
+    objective = make(args.patch_size, args.seed, args.augment, dict(args.augment_options), **settings)
     build = {"arch": args.arch, **options.given(merging=args.merging, grn=args.grn)}
     with torch.device("meta"):
         build_network(objective.task, {**build, **objective.build})
@@ -235,8 +235,9 @@ def train(args, run: Run, ranks, folder: RunFolder, network: nn.Module, model: C
             validate(run, ranks, network, progress, stop)
         if run.draws_after(step) and ranks.is_main:
             path, cases = folder.path / "panels" / f"step-{step}.png", (data.validation or data.train)[:4]
-            how = {"device": ranks.device, "autocast": run.autocast, "heading": f"{folder.path.name}, step {step}"}
-            draw_panels(path, network, objective, data.fixed_patches, cases, **how)
+            context = {"device": ranks.device, "autocast": run.autocast}
+            heading = f"{folder.path.name}, step {step}"
+            draw_panels(path, network, objective, data.fixed_patches, cases, heading=heading, **context)
         if stop.ask(step) or step % args.save_every == 0 or step == run.steps:
             progress.check_finite()
             folder.save(step, network, optimizer)

@@ -27,14 +27,23 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
     add("--arch", choices=list(ARCHITECTURES), default=arch, help="network")
     for name, explanation in _ENCODER_OPTIONS.items():
         add(f"--{name}", choices=ENCODER_OPTIONS[name][1], help=explanation)
-    add("--preset", choices=list(PRESETS), default="appendix_r1", help="published values; sets the next four defaults")
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        default="appendix_r1",
+        help="which published values the next four options have by default",
+    )
     add("--lr", type=cli.positive_float, help="base learning rate of AdamW")
     add("--batch-size", type=cli.batch, help="global batch: patches per step over all ranks")
-    add("--weight-decay", type=cli.non_negative_float, help="of AdamW")
-    add("--amsgrad", action=argparse.BooleanOptionalAction, help="variant of AdamW")
+    add("--weight-decay", type=cli.non_negative_float, help="weight decay of AdamW")
+    add("--amsgrad", action=argparse.BooleanOptionalAction, help="AdamW divides by the largest second moment so far")
     add("--patch-size", type=cli.side, nargs="+", default="128", metavar="N", help="voxels: N for a cube, or X Y Z")
     add(
-        "--accumulate", type=_accumulate, default="auto", metavar="N", help="micro-steps per step; auto: as memory asks"
+        "--accumulate",
+        type=_accumulate,
+        default="auto",
+        metavar="N",
+        help="micro-steps per step; auto: as few as fit into memory",
     )
 
 
@@ -61,7 +70,8 @@ def add_augment_options(add: Callable) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="of amaes.augment.Options, e.g. order=3 bias=exp rotation_degrees=-15,15 mirror=0.5",
+        help="changes of the transforms (the fields of amaes.augment.Options), e.g. order=3 bias=exp "
+        "rotation_degrees=-15,15 mirror=0.5",
     )
 
 
@@ -99,10 +109,10 @@ _OBJECTIVE_HELP = {  # of every option that only some objectives read
     "crop": "amaes: place uniformly the window that is read (as published), or the patch in it",
     "mask_ratio": "amaes: fraction of tokens hidden",
     "token_size": "amaes: side of a token, voxels",
-    "loss_over": "amaes: voxels of the mean squared error",
+    "loss_over": "amaes: which voxels the mean squared error is over",
     "decoder": "amaes: light (half the convolutions) or standard; supervised: unet or mednext",
     "skips": "amaes: connect encoder and decoder",
-    "corruption": "swin: the largest share of a view that a round damages",
+    "corruption": "swin: the largest share of a view that is replaced, by noise and again by another view",
     "reconstruction_head": "swin: head that rebuilds the view",
     "deep_supervision": "supervised: also train on the outputs of coarser stages",
     "foreground": "supervised: share of patches around a foreground voxel",
@@ -125,20 +135,20 @@ def add_objective_options(parser: cli.Parser) -> None:
     """What only some of the objectives read; None where not given, so that it can be refused with another."""
     add = parser.add_argument_group("objective: the options of one are refused with another").add_argument
     for name, text in _OBJECTIVE_HELP.items():
-        own = [objectives.options_of(objective) for objective in objectives.OBJECTIVES]
-        defaults = [str(options[name]) for options in own if options.get(name, False) is not False]
+        of_all = [objectives.options_of(objective) for objective in objectives.OBJECTIVES]
+        defaults = [str(options[name]) for options in of_all if options.get(name, False) is not False]
         shown = f" (default: {', '.join(defaults)})" if defaults else ""
         add(f"--{name.replace('_', '-')}", help=text + shown, **_OBJECTIVE_TYPES[name])
 
 
 def settle_objective_options(parser: cli.Parser, args: argparse.Namespace) -> None:
     """Fill in the defaults of the chosen objective's options, and refuse those of the others."""
-    own = objectives.options_of(args.objective)
+    defaults = objectives.options_of(args.objective)
     for name in _OBJECTIVE_HELP:
         given = getattr(args, name)
         if given is None:
-            setattr(args, name, own.get(name))
-        elif name not in own:
+            setattr(args, name, defaults.get(name))
+        elif name not in defaults:
             shown = name.replace("_", "-") if given is True else f"{name.replace('_', '-')} {given}"
             parser.error(f"--{shown}: is not read with --objective {args.objective}")
     decoders = {"amaes": RECONSTRUCTION_DECODERS, "supervised": SEGMENTATION_DECODERS}.get(args.objective, {})
@@ -156,14 +166,23 @@ def add_run_options(parser: cli.Parser, out: str, save_every: int) -> Callable:
     add("--workers", type=cli.workers, default=2, help="processes per rank that read patches")
     add("--device", choices=DEVICES, default="auto", help="auto: CUDA where there is a GPU")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 autocast on CUDA, fp32 on the CPU")
-    add("--on-nan", choices=ON_ERROR, default="stop", help="a step whose gradient is not finite (few may be)")
+    add(
+        "--on-nan",
+        choices=ON_ERROR,
+        default="stop",
+        help="a step whose gradient is not finite: end the run, or leave the step out (a few at most)",
+    )
     add(
         "--on-bad-case",
         choices=ON_ERROR,
         default="stop",
-        help="a case that cannot be read; skip: another one takes its place, counted, as long as they are few",
+        help="a case that cannot be read: end the run, or read another one instead (a few in a row at most)",
     )
-    add("--checkpoint-activations", action="store_true", help="less memory, more time: run stages again to go back")
+    add(
+        "--checkpoint-activations",
+        action="store_true",
+        help="less memory, more time: compute stages again in the backward pass",
+    )
     add("--compile", choices=COMPILE, default="auto", help="torch.compile; auto: on CUDA where it works")
     add("--log-every", type=cli.positive_int, default=10, metavar="STEPS", help="steps between lines of metrics.jsonl")
     add("--save-every", type=cli.positive_int, default=save_every, metavar="STEPS", help="steps between checkpoints")
@@ -174,7 +193,7 @@ def add_run_options(parser: cli.Parser, out: str, save_every: int) -> Callable:
         metavar="MINUTES",
         help="longest time between checkpoints",
     )
-    add("--keep", type=cli.positive_int, default=2, metavar="N", help="newest checkpoints that are kept")
+    add("--keep", type=cli.positive_int, default=2, metavar="N", help="how many of the newest checkpoints are kept")
     return add
 
 
@@ -204,8 +223,10 @@ def parse(parser: cli.Parser, task: str, argv: list[str] | None = None) -> argpa
     args.patch_size = tuple(args.patch_size * 3 if len(args.patch_size) == 1 else args.patch_size)
     names = [name for name, _ in args.augment_options]
     for name in names:
-        if names.count(name) > 1 or hasattr(args, name):
+        if names.count(name) > 1:
             parser.error(f"--augment-options {name}: given twice")
+        if hasattr(args, name):
+            parser.error(f"--augment-options {name}: is the option --{name} here")
     return args
 
 

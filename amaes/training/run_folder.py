@@ -101,6 +101,7 @@ class RunFolder:
             return int(accumulate)
         if views > 1:
             return 1
+        begin_anew = begin_anew and not self.ranks.restarts  # by torchrun: the run that began anew continues
         earlier = None if begin_anew or not self.ranks.is_main else _read_config(self.path / "config.json", self.kind)
         recorded = {} if earlier is None else earlier["machine_choice"]
         same = recorded.get("world") == self.ranks.world

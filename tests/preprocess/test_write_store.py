@@ -445,7 +445,7 @@ def test_help_is_quick_and_names_the_defaults():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # seconds, whatever else runs
     assert done.returncode == 0
-    assert "voxel size, mm (default: [1.0, 1.0, 1.0])" in " ".join(done.stdout.split())
+    assert "voxel size, mm (default: 1.0 1.0 1.0)" in " ".join(done.stdout.split())
 
 
 def test_preprocessing_does_not_load_torch():

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,8 +49,10 @@ def test_other_options_are_refused_with_both_values(tmp_path):
 def test_micro_steps_stay_as_chosen_for_the_same_number_of_ranks(tmp_path, monkeypatch, name):
     monkeypatch.setattr(hardware, "fit_micro_batch", lambda *about: 8)  # what memory asks for now
 
-    def settled(accumulate="auto", world=2, **more):
-        return run_in(tmp_path, {}, world=world).settle_micro_steps(accumulate, None, 16, bf16=False, **more)
+    def settled(accumulate="auto", world=2, restarts=0, **more):
+        run = run_in(tmp_path, {}, world=world)
+        run = replace(run, ranks=replace(run.ranks, restarts=restarts))
+        return run.settle_micro_steps(accumulate, None, 16, bf16=False, **more)
 
     assert settled() == 8
     open_run(tmp_path, {}, {}, accumulate=4, world=2)
@@ -60,6 +63,7 @@ def test_micro_steps_stay_as_chosen_for_the_same_number_of_ranks(tmp_path, monke
     assert settled(accumulate=2) == 2
     assert settled(world=1) == 8
     assert settled(begin_anew=True) == 8
+    assert settled(begin_anew=True, restarts=1) == 4  # torchrun started the ranks of a run that began anew again
     assert settled(views=2) == 1  # its loss compares the patches of a micro-step
     open_run(tmp_path, {}, {}, accumulate=8, world=1)
     assert settled(world=1) == 8
