@@ -40,6 +40,7 @@ COMMANDS = {
     "evaluate": Command("evaluate.py", "measure fine-tuned networks on their test cases"),
     "predict": Command("amaes.predict", "segment NIfTI files"),
     "augment": Command("amaes.augment", "draw what the augmentation does to a scan"),
+    "convert-weights": Command("amaes.weights", "turn an old file of weights into one without code"),
     "phantom": Command("amaes.phantom", "write synthetic heads as NIfTI files"),
     "demo": Command("amaes.demo", "run the whole chain on synthetic heads, in minutes"),
 }

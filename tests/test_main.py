@@ -41,7 +41,7 @@ def called(monkeypatch, capsys, *words):
 def test_help_lists_every_command(monkeypatch, capsys, words):
     status, out, err = called(monkeypatch, capsys, *words)
     assert (status, err) == (0, "")
-    assert re.findall(r"^  (\w+)  +\w", out, flags=re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^  ([\w-]+)  +\w", out, flags=re.MULTILINE) == list(COMMANDS)
 
 
 def test_version(monkeypatch, capsys):

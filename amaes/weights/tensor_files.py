@@ -79,8 +79,10 @@ def _read_torch(path: Path) -> object:
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is read, or refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file can raise anything
-        reason = "it holds other objects" if "weights_only" in str(error) else first_line(error)
-        raise ValueError(f"{path}: not a checkpoint ({reason}); only tensors and plain data are read") from error
+        foreign = "weights_only" in str(error)
+        reason = "it holds other objects" if foreign else first_line(error)
+        advice = "; `amaes convert-weights` may write one that holds no others" if foreign else ""
+        raise ValueError(f"{path}: not a checkpoint ({reason}); only tensors and plain data fit{advice}") from error
 
 
 def check_archive(path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Turn old files of weights into files of tensors and plain data.
+
+python -m amaes.weights model_final.model weights.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from amaes import cli
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(description="Write the weights of a file, and plain data beside them, as a file without code.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="of torch.save, also of a whole network")
+    parser.add_argument("out", type=cli.output_file, metavar="OUT", help="file to write; X.safetensors: in that format")
+    explanation = "read FILE as it is, if nothing else helps; that runs the code in it, so know where it comes from"
+    parser.add_argument("--trust", action="store_true", help=explanation)
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        parser.error(f"{args.out}: exists; take another name")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    from amaes.models.transfer import fitting_architectures
+    from amaes.published import convert
+    from amaes.weights.convert import convert_weights
+    from amaes.weights.plan import find_plan
+    from amaes.weights.tensor_files import read
+
+    log = cli.logger(True)
+    done = convert_weights(args.file, args.out, args.trust)
+    log(f"{args.file}: read {done.how}")
+    log(f"{args.out}: {len(done.weights)} tensors; also kept: {', '.join(done.kept) or 'nothing'}")
+    if done.left_out:
+        log(f"left out: {'; '.join(done.left_out)}")
+    content = read(args.out)
+    try:
+        imported = convert(content, args.out, find_plan(content, args.out))
+        log(f"{imported.family}; {fitting_architectures(imported.tensors)}")
+    except ValueError as error:
+        log(f"not recognised: {error}")
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_options())
