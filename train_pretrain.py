@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 train_pretrain.py --arch unet_xl --data STORE --out RUN
 
-The same command again continues the run. Read it from top to bottom: options, setup, loop, validation.
+The same command again continues the run. Read it from top to bottom: options, setup, loop.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ import torch
 from torch import nn
 
 from amaes import distributed, hardware
-from amaes.data.loader import loader, training_batches
+from amaes.data.loader import training_batches
 from amaes.data.order import Share, order_of
 from amaes.data.pretrain_data import PretrainData, split_for_pretraining
 from amaes.data.several_stores import open_stores
@@ -72,9 +72,11 @@ from amaes.training import benchmark
 from amaes.training.checks import check_batch, check_patch_size, describe_batch
 from amaes.training.optim import build_optimizer, optimizer_step, set_lr, warmup_cosine
 from amaes.training.panels import draw_panels
+from amaes.training.presets import remark
 from amaes.training.progress import Progress
 from amaes.training.run_folder import RunFolder
 from amaes.training.stopping import Stop
+from amaes.training.validation import validate
 
 
 @dataclass
@@ -136,6 +138,8 @@ def main(args: argparse.Namespace) -> int:
     )
     head = f"{args.decoder} decoder" if args.decoder else f"{args.reconstruction_head} head"
     log(f"{args.arch}, {head}, {sum(p.numel() for p in network.parameters()):,} parameters, {compiled}")
+    if published := remark(vars(args)):
+        log(published)
     log(f"{args.objective}: {len(data.train)} volumes to train on, {len(data.validation)} to validate on")
     if objective.views > 1 and run.share.of_micro_step < 2:
         log("WARNING: one patch per rank and micro-step: the contrastive loss is 0, there is nothing to tell it from")
@@ -207,8 +211,9 @@ def train(args, run: Run, ranks, folder: RunFolder, network: nn.Module, model: C
     batches = training_batches(data.patches, order, workers=args.workers, ranks=ranks, log=log)
     progress = Progress(folder.path, ranks, network, order, data.store, objective.draw, args.log_every)
     stop, clock = Stop(ranks, args.save_minutes), progress.clock
+    validating = (network, objective, data, run.autocast, ranks, progress, stop)
     if run.validates_after(step) and progress.validated != step:  # cut short when the run was stopped
-        validate(run, ranks, network, progress, stop)
+        validate(*validating)
     network.train()
     while step < run.steps and not stop.agreed:
         clock.start()  # what comes between steps does not count
@@ -232,7 +237,7 @@ def train(args, run: Run, ranks, folder: RunFolder, network: nn.Module, model: C
         step += 1
         progress.step(lr, skipped)  # writes a line every --log-every steps; raises where the loss is not finite
         if run.validates_after(step):
-            validate(run, ranks, network, progress, stop)
+            validate(*validating)
         if run.draws_after(step) and ranks.is_main:
             path, cases = folder.path / "panels" / f"step-{step}.png", (data.validation or data.train)[:4]
             context = {"device": ranks.device, "autocast": run.autocast}
@@ -246,37 +251,6 @@ def train(args, run: Run, ranks, folder: RunFolder, network: nn.Module, model: C
     if step < run.steps or (run.validates_after(step) and progress.validated != step):
         raise KeyboardInterrupt(f"saved at step {step}; the same command continues")
     log(f"done: {folder.path}/checkpoints/step-{run.steps}.pt")
-
-
-@torch.no_grad()
-def validate(run: Run, ranks: distributed.Ranks, network: nn.Module, progress: Progress, stop: Stop) -> None:
-    """Write the mean loss over the validation volumes, one fixed patch of each, and that of a trivial prediction.
-
-    Ranks share the volumes; each counts once. Where a rank is asked to stop meanwhile, all end it, and write nothing.
-    """
-    network.eval()
-    sums = torch.zeros(4, device=ranks.device)  # loss, baseline, volumes, ranks that were asked to stop
-    size = run.objective.validation_batch
-    cases = run.data.validation
-    groups = [cases[i : i + size] for i in range(0, len(cases), size)]
-    of_this_rank = [[(0, case) for case in group] for group in groups[ranks.rank :: ranks.world]]
-    for batch in loader(run.data.fixed_patches, of_this_rank, workers=0, pin_memory=False):
-        if stop.requested:
-            sums[3] = 1
-            break
-        progress.replaced(batch["bad"])
-        inputs, targets = run.objective.prepare(batch, ranks.device, training=False)
-        with run.autocast:
-            outputs = network(inputs)
-        losses = run.objective.losses(outputs, targets)
-        both = torch.stack([sum(losses.values()), run.objective.baseline(targets)])
-        sums[:3] += torch.cat([both, both.new_ones(1)]) * len(batch["case"])
-    loss, baseline, count, stopped = distributed.sum_over_ranks(sums).tolist()
-    network.train()
-    if stopped:
-        stop.agreed = True
-    else:
-        progress.write_validation(loss / count, baseline / count, run.objective.trivial)
 
 
 def measure(args, run: Run, ranks, on_meta: nn.Module, model: Callable, optimizer, log: Callable) -> None:

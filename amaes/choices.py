@@ -6,6 +6,7 @@ DEVICES = ("auto", "cpu", "cuda")  # auto: CUDA where there is a GPU
 CROPS = ("window", "patch")  # what is placed uniformly in a volume: the window that is read, or the patch inside it
 WINDOWS = ("parity", "official", "none")  # margin read around a patch, so that a rotation finds data there
 RECONSTRUCTION_MEANS = ("all", "masked", "masked-parity")  # voxels that the mean squared error is over
+TARGETS = ("standardized", "absolute")  # of masked pretraining: by the visible voxels, or intensities of the store
 SPLIT_BY = ("subject", "volume")  # what stays on one side of a split
 MERGINGS = ("legacy", "fixed", "v2")  # order of the sub-grids in patch merging of Swin encoders
 GRN_DIVISORS = ("mean", "sum")  # what global response normalisation of MedNeXt-v2 divides by, over the channels

@@ -90,6 +90,7 @@ def _amaes(
     mask_ratio: float = 0.6,
     token_size: int = 4,
     loss_over: str = "all",
+    target: str = "standardized",
     decoder: str = "light",
     skips: bool = False,
 ) -> Objective:
@@ -101,6 +102,7 @@ def _amaes(
         token_size=token_size,
         mask_ratio=mask_ratio,
         over=loss_over,
+        target=target,
         crop=crop,
         decoder=decoder,
         skips=skips,

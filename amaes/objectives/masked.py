@@ -8,6 +8,7 @@ import torch
 
 from amaes import rng
 from amaes.augment import PretrainAugment
+from amaes.choices import TARGETS
 from amaes.losses import reconstruction_loss
 from amaes.mask import apply_mask, token_mask
 
@@ -16,15 +17,27 @@ if TYPE_CHECKING:
     from amaes.data.store import Store
 
 
+SMALLEST_SD = 0.1  # of the visible voxels, intensities of the store: air, with next to none, must not explode
+
+
 class MaskedReconstruction:
     """AMAES (arXiv 2408.00640, Sec. 3.1): rebuild a patch from the visible part of an augmented copy of it.
+
+    The networks follow every convolution by an instance norm: a patch and the same patch twice as bright give the same
+    features, so that the brightness of the "absolute" target, the published one, cannot be known. The "standardized"
+    target leaves it out: of every sample and channel, less the mean of its visible voxels, divided by their standard
+    deviation, at least 0.1. (He et al. 2022, Sec. 4, standardize every token by itself.)
 
     Args:
         augment: of the input; its spatial part is the target's, too.
         token_size, mask_ratio: see `amaes.mask.token_mask`.
         over: voxels of the mean squared error, see `amaes.losses.reconstruction_loss`.
+        target: what the network answers with: "standardized" values, or the "absolute" intensities of the store.
         crop: where patches are placed, see `amaes.data.patches.Patches`.
         decoder, skips: of the network, see `amaes.models.build_autoencoder`.
+
+    Raises:
+        ValueError: an unknown target.
     """
 
     task = "pretrain"
@@ -40,11 +53,15 @@ class MaskedReconstruction:
         token_size: int,
         mask_ratio: float,
         over: str = "all",
+        target: str = "standardized",
         crop: str = "window",
         decoder: str = "light",
         skips: bool = False,
     ) -> None:
+        if target not in TARGETS:
+            raise ValueError(f"`target` {target!r} is unknown; accepted: {', '.join(TARGETS)}")
         self.augment, self.draw, self.window_size = augment, augment.draw, augment.window_size
+        self.standardized = target == "standardized"
         self.token_size, self.mask_ratio, self.over = token_size, mask_ratio, over
         self.reading = {"crop": crop}
         self.build = {"decoder": decoder, "skips": skips}
@@ -66,14 +83,41 @@ class MaskedReconstruction:
         return apply_mask(source, mask), (target, mask)
 
     def losses(self, outputs: torch.Tensor, targets: tuple) -> dict[str, torch.Tensor]:
-        return {"reconstruction": reconstruction_loss(outputs, *targets, self.over)}
+        """The mean squared error, in units of the target."""
+        target, mask = targets
+        if self.standardized:
+            mean, sd = visible_mean_sd(target, mask)
+            target = (target - mean) / sd
+        return {"reconstruction": reconstruction_loss(outputs, target, mask, self.over)}
 
     def baseline(self, targets: tuple) -> torch.Tensor:
-        """Predicting the mean of the visible voxels."""
+        """Predicting the mean of the visible voxels: 0 where the target is standardized."""
         target, mask = targets
+        if self.standardized:
+            return self.losses(torch.zeros_like(target), targets)["reconstruction"]
         mean = target.masked_fill(mask, 0).sum() / ((~mask).sum() * target.shape[1])
-        return reconstruction_loss(mean.expand_as(target), target, mask, self.over)
+        return self.losses(mean.expand_as(target), targets)["reconstruction"]
 
     def panels(self, inputs: torch.Tensor, outputs: torch.Tensor, targets: tuple) -> dict[str, torch.Tensor]:
         """The first channel as the network sees it, as it rebuilds it, and as it is, intensities of the store."""
+        if self.standardized:
+            mean, sd = visible_mean_sd(*targets)
+            outputs = outputs.float() * sd + mean
         return {"seen": inputs[:, :1], "rebuilt": outputs[:, :1], "target": targets[0][:, :1]}
+
+
+def visible_mean_sd(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, at least SMALLEST_SD, over the visible voxels of every sample and channel.
+
+    Args:
+        x: (B, C, X, Y, Z).
+        mask: (B, 1, X, Y, Z), True = hidden; at least one voxel is not.
+
+    Returns:
+        Both (B, C, 1, 1, 1).
+    """
+    space, visible = (2, 3, 4), (~mask).to(x.dtype)
+    count = visible.sum(space, keepdim=True)  # (B, 1, 1, 1, 1)
+    mean = (x * visible).sum(space, keepdim=True) / count
+    variance = ((x - mean).square() * visible).sum(space, keepdim=True) / count
+    return mean, variance.sqrt().clamp_min(SMALLEST_SD)

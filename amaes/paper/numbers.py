@@ -83,7 +83,7 @@ FINETUNING = {
     "augment_options": [],
 }
 PRETRAINING = {"patch_size": [128, 128, 128], "augment_options": [], "warmup": 0.05}
-MASKED_PRETRAINING = {"mask_ratio": 0.6, "token_size": 4, "loss_over": "all"}  # not of SwinUNETR
+MASKED_PRETRAINING = {"mask_ratio": 0.6, "token_size": 4, "loss_over": "all", "target": "absolute"}  # not of SwinUNETR
 PRETRAINING_EPOCHS = 100
 EVALUATION = {"space": "native", "tta": False, "overlap": 0.5, "empty": "nan"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from amaes import cli, objectives
 from amaes.augment.options import Options
-from amaes.choices import COMPILE, CROPS, DEVICES, ON_ERROR, PRECISIONS, RECONSTRUCTION_MEANS
+from amaes.choices import COMPILE, CROPS, DEVICES, ON_ERROR, PRECISIONS, RECONSTRUCTION_MEANS, TARGETS
 from amaes.models.build import (
     ARCHITECTURES,
     ENCODER_OPTIONS,
@@ -18,7 +18,8 @@ from amaes.models.build import (
     RECONSTRUCTION_HEADS,
     SEGMENTATION_DECODERS,
 )
-from amaes.training.presets import PRESETS, hyperparameters
+from amaes.training.earlier import options_of_earlier_runs
+from amaes.training.presets import OF_OBJECTIVE, PRESETS, hyperparameters
 
 
 def add_model_options(parser: cli.Parser, arch: str) -> None:
@@ -27,12 +28,7 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
     add("--arch", choices=list(ARCHITECTURES), default=arch, help="network")
     for name, explanation in _ENCODER_OPTIONS.items():
         add(f"--{name}", choices=ENCODER_OPTIONS[name][1], help=explanation)
-    add(
-        "--preset",
-        choices=list(PRESETS),
-        default="appendix_r1",
-        help="which published values the next four options have by default",
-    )
+    add("--preset", choices=list(PRESETS), default="appendix_r1", help=_PRESET_HELP)
     add("--lr", type=cli.positive_float, help="base learning rate of AdamW")
     add("--batch-size", type=cli.batch, help="global batch: patches per step over all ranks")
     add("--weight-decay", type=cli.non_negative_float, help="weight decay of AdamW")
@@ -47,6 +43,7 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
     )
 
 
+_PRESET_HELP = "published values that the next four options have by default; paper: those of --objective amaes, too"
 _ENCODER_OPTIONS = {
     "merging": "order of sub-grids in Swin encoders (default: fixed; legacy: weights from before MONAI 1.5)",
     "grn": "what MedNeXt-v2's response norm divides by, over channels (default: mean, as the authors' code)",
@@ -110,6 +107,7 @@ _OBJECTIVE_HELP = {  # of every option that only some objectives read
     "mask_ratio": "amaes: fraction of tokens hidden",
     "token_size": "amaes: side of a token, voxels",
     "loss_over": "amaes: which voxels the mean squared error is over",
+    "target": "amaes: standardized by the visible voxels of each patch, or absolute, as published",
     "decoder": "amaes: light (half the convolutions) or standard; supervised: unet or mednext",
     "skips": "amaes: connect encoder and decoder",
     "corruption": "swin: the largest share of a view that is replaced, by noise and again by another view",
@@ -122,6 +120,7 @@ _OBJECTIVE_TYPES: dict[str, dict] = {
     "mask_ratio": {"type": cli.fraction},
     "token_size": {"type": cli.side},
     "loss_over": {"choices": RECONSTRUCTION_MEANS},
+    "target": {"choices": TARGETS},
     "decoder": {"choices": [*RECONSTRUCTION_DECODERS, *SEGMENTATION_DECODERS]},
     "skips": {"action": "store_const", "const": True},
     "corruption": {"type": cli.fraction},
@@ -142,8 +141,13 @@ def add_objective_options(parser: cli.Parser) -> None:
 
 
 def settle_objective_options(parser: cli.Parser, args: argparse.Namespace) -> None:
-    """Fill in the defaults of the chosen objective's options, and refuse those of the others."""
+    """Fill in the defaults of the chosen objective's options, and refuse those of the others.
+
+    They are those of the preset, and in a run that began before there was such an option, what it did then.
+    """
     defaults = objectives.options_of(args.objective)
+    published = OF_OBJECTIVE.get((args.preset, args.objective), {}) | options_of_earlier_runs(args)
+    defaults |= {name: value for name, value in published.items() if name in defaults}
     for name in _OBJECTIVE_HELP:
         given = getattr(args, name)
         if given is None:

@@ -25,6 +25,7 @@ from torch import nn
 import amaes
 from amaes import checkpoint, distributed, hardware
 from amaes.files import hold, write_json, write_text
+from amaes.training.earlier import with_later_options
 
 if TYPE_CHECKING:
     from amaes.data.order import Batches
@@ -154,7 +155,8 @@ class RunFolder:
             raise ValueError(
                 f"`out` {self.path}: holds a run already; take another folder, `overwrite`, or `resume` auto"
             )
-        _refuse_changes(self.path, old["options"], json.loads(json.dumps(self.options)), "`{}`")
+        now = json.loads(json.dumps(self.options))
+        _refuse_changes(self.path, with_later_options(old["options"], now), now, "`{}`")
         _refuse_changes(self.path, old["record"], json.loads(json.dumps(record)), "{}")
         ranks_before = old["machine_choice"]["world"]
         if ranks_before != self.ranks.world:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import train_pretrain
+from amaes import cli
 from amaes.augment import PretrainAugment
 from amaes.models import build_autoencoder
 from amaes.objectives import OBJECTIVES, options_of
 from amaes.objectives.masked import MaskedReconstruction
+from amaes.training.presets import remark
 from tests.launch import assert_equal_weights
 from tests.stores import make_store
 
@@ -116,8 +118,9 @@ def test_panels_without_matplotlib_are_refused_with_what_is_missing(pretrain, tm
 # AMAES ----------------------------------------------------------------------------------------------------------------
 
 
-def masked_reconstruction(preset="none", over="all", **options):
-    return MaskedReconstruction(PretrainAugment(PATCH, preset, **options), token_size=4, mask_ratio=0.6, over=over)
+def masked_reconstruction(preset="none", over="all", target="standardized", **options):
+    augment = PretrainAugment(PATCH, preset, **options)
+    return MaskedReconstruction(augment, token_size=4, mask_ratio=0.6, over=over, target=target)
 
 
 def some(cases, epochs=None, channels=1):
@@ -167,7 +170,7 @@ def test_channels_share_the_mask_and_the_first_one_is_shown():
     ("over", "loss", "baseline"), [("all", 0.45, 0.25), ("masked", 0.5, 0.5), ("masked-parity", 0.25, 0.25)]
 )
 def test_the_loss_and_that_of_the_visible_mean_by_hand(over, loss, baseline):
-    objective = masked_reconstruction(over=over)
+    objective = masked_reconstruction(over=over, target="absolute")
     target = torch.tensor([0.5, 0.5, 0.5 + 0.5**0.5, 0.5 - 0.5**0.5]).view(1, 1, 1, 1, 4)
     mask = torch.tensor([False, False, True, True]).view(1, 1, 1, 1, 4)
     errors = torch.tensor([0.8, 0.0, 0.6, 0.4]).sqrt().view(1, 1, 1, 1, 4)
@@ -177,9 +180,81 @@ def test_the_loss_and_that_of_the_visible_mean_by_hand(over, loss, baseline):
     assert objective.baseline((target, mask)).item() == pytest.approx(baseline)
 
 
-def test_one_batch_is_learnt_better_than_by_the_visible_mean():
+# Visible: 0.2 and 0.6 (mean 0.4, sd 0.2) of the first patch, 0.5 and 0.5 (sd 0, floored at 0.1) of the second.
+TWO = torch.tensor([[0.2, 0.6, 0.8, 0.4], [0.5, 0.5, 0.7, 0.5]]).view(2, 1, 1, 1, 4)
+HIDDEN = torch.tensor([False, False, True, True]).view(1, 1, 1, 1, 4).expand(2, 1, 1, 1, 4)
+
+
+@pytest.mark.parametrize(("over", "baseline"), [("all", (1 + 1 + 4 + 4) / 8), ("masked", (4 + 4) / 4)])
+def test_the_standardized_target_by_hand(over, baseline):
+    objective = masked_reconstruction(over=over)
+    answer = torch.tensor([[-1.0, 1.0, 2.0, 0.0], [0.0, 0.0, 2.0, 0.0]]).view(2, 1, 1, 1, 4)
+    assert objective.losses(answer, (TWO, HIDDEN))["reconstruction"].item() == pytest.approx(0, abs=1e-10)
+    assert objective.baseline((TWO, HIDDEN)).item() == pytest.approx(baseline)
+    shown = objective.panels(TWO, answer.bfloat16(), (TWO, HIDDEN))["rebuilt"]
+    assert torch.allclose(shown, TWO)  # in intensities of the store
+
+
+def test_the_standardized_loss_leaves_out_brightness_and_contrast_and_the_absolute_one_does_not():
+    def loss(image, target):
+        objective = masked_reconstruction(target=target)
+        _, targets = objective.prepare({"image": image, "epoch": [0, 0], "case": [3, 4]}, CPU, training=False)
+        answer = torch.rand(2, 2, *PATCH, generator=torch.Generator().manual_seed(2))
+        return objective.losses(answer, targets)["reconstruction"].item(), objective.baseline(targets).item()
+
+    image = torch.rand(2, 2, *PATCH, generator=torch.Generator().manual_seed(1))
+    factor, offset = torch.tensor([0.9, 0.5]).view(1, 2, 1, 1, 1), torch.tensor([0.0, 0.3]).view(2, 1, 1, 1, 1)
+    assert loss(image * factor + offset, "standardized") == pytest.approx(loss(image, "standardized"), rel=1e-5)
+    assert loss(image * factor + offset, "absolute") != pytest.approx(loss(image, "absolute"), rel=0.01)
+
+
+def test_an_unknown_target_is_named():
+    with pytest.raises(ValueError, match="`target` 'mine' is unknown; accepted: standardized, absolute"):
+        masked_reconstruction(target="mine")
+
+
+@pytest.mark.parametrize(
+    ("given", "target", "line"),
+    [
+        ((), "standardized", ""),
+        (("--preset", "paper"), "absolute", "--preset paper: as published, --crop window, --mask-ratio 0.6, --token-s"),
+        (("--preset", "paper", "--skips"), "absolute", "--decoder light; NOT as published, --skips True"),
+        (("--preset", "paper", "--objective", "supervised"), None, ""),
+    ],
+)
+def test_the_preset_of_the_paper_sets_the_objective_and_says_so(given, target, line, tmp_path):
+    args = train_pretrain.parse_options([*given, "--out", str(tmp_path)])
+    assert args.target == target
+    said = cli.as_options(remark(vars(args)))
+    assert line in said
+    assert bool(line) == bool(said)
+
+
+def test_a_run_from_before_the_target_could_be_chosen_continues_with_the_absolute_one(pretrain, two_stores, tmp_path):
+    given = (*SMALL, "--data", two_stores[0], "--val-fraction", 0.3, "--out", tmp_path / "run")
+    pretrain(*given, "--target", "absolute")
+    losses = (tmp_path / "run" / "metrics.jsonl").read_text()
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    del config["options"]["target"]
+    file.write_text(json.dumps(config))
+    for path in (tmp_path / "run" / "checkpoints").glob("step-[3-9].pt"):
+        path.unlink()
+    pretrain(*given)
+    again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["val_loss"] for line in again if "val_loss" in line] == [
+        json.loads(line)["val_loss"] for line in losses.splitlines() if "val_loss" in line
+    ]
+    with pytest.raises(ValueError, match="`target` standardized: the run in .* has absolute; take another"):
+        pretrain(*given, "--target", "standardized")
+    assert train_pretrain.parse_options([*map(str, given), "--overwrite"]).target == "standardized"
+
+
+@pytest.mark.parametrize("target", ["standardized", "absolute"])
+def test_one_batch_is_learnt_better_than_by_the_visible_mean(target):
     torch.manual_seed(0)
-    objective = MaskedReconstruction(PretrainAugment((32, 32, 48), "none"), token_size=4, mask_ratio=0.6)
+    augment = PretrainAugment((32, 32, 48), "none")
+    objective = MaskedReconstruction(augment, token_size=4, mask_ratio=0.6, target=target)
     ramp = torch.linspace(0, 1, 32)[:, None, None] * torch.linspace(0.2, 1, 48)
     inputs, targets = objective.prepare({"image": ramp.expand(2, 1, 32, 32, 48), "epoch": [0, 0], "case": [0, 1]}, CPU)
     network = build_autoencoder("unet_tiny")

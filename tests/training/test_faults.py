@@ -124,13 +124,14 @@ SIGNALLED_IN_VALIDATION = """
 import os, signal, sys
 import train_pretrain
 from amaes import cli
-loader, calls = train_pretrain.loader, []
-def signalled(*about, **more):  # only validation calls it by this name
+from amaes.training import validation
+loader, calls = validation.loader, []
+def signalled(*about, **more):
     calls.append(about)
     if len(calls) == {validation}:
         os.kill(os.getpid(), signal.SIGTERM)
     return loader(*about, **more)
-train_pretrain.loader = signalled
+validation.loader = signalled
 cli.run(train_pretrain.main, train_pretrain.parse_options({argv}))
 """
 

@@ -1,0 +1,25 @@
+"""Options that earlier versions did not have: a run that began without one continues as it did then."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+
+EARLIER = {"target": "absolute"}  # what training did before there was the option
+
+
+def options_of_earlier_runs(args: argparse.Namespace) -> dict:
+    """Those of EARLIER that the run in `args.out` does not know, where it would be continued; else none."""
+    if args.overwrite or args.resume == "never":
+        return {}
+    try:
+        recorded = json.loads((args.out / "config.json").read_text())["options"]
+        return {name: value for name, value in EARLIER.items() if name not in recorded}
+    except (OSError, ValueError, KeyError, TypeError):  # no run; what else is there, the run folder says
+        return {}
+
+
+def with_later_options(recorded: Mapping[str, object], now: Mapping[str, object]) -> dict:
+    """The recorded options of a run, and of those that came later what the run did, as far as `now` has a value."""
+    return {name: value for name, value in EARLIER.items() if now.get(name) is not None} | dict(recorded)
