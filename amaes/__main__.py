@@ -39,6 +39,7 @@ COMMANDS = {
     "finetune": Command("train_finetune.py", "train a segmentation network, from pretrained weights or from scratch"),
     "evaluate": Command("evaluate.py", "measure fine-tuned networks on their test cases"),
     "predict": Command("amaes.predict", "segment NIfTI files"),
+    "export": Command("amaes.export", "make a file of weights to give away, with a model card"),
     "augment": Command("amaes.augment", "draw what the augmentation does to a scan"),
     "convert-weights": Command("amaes.weights", "turn an old file of weights into one without code"),
     "phantom": Command("amaes.phantom", "write synthetic heads as NIfTI files"),

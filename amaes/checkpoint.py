@@ -131,6 +131,20 @@ def find_one(path: str | Path) -> Path:
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
+def read_ours(path: Path) -> dict:
+    """A checkpoint of this library, its entries checked.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not one of this library, or an entry is missing or of another type.
+    """
+    content = read(path)
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r}")
+    _check_entries(path, content, "task", "model", "build", "preprocess", "channels", "labels", "patch_size")
+    return content
+
+
 def load_segmenter(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
     """The segmentation network of a checkpoint, in evaluation mode, and the checkpoint without its tensors.
 
@@ -143,15 +157,11 @@ def load_segmenter(path: str | Path, device: torch.device | str = "cpu") -> tupl
         ValueError: not a checkpoint of this library, or one of pretraining.
     """
     path = find_one(path)
-    content = read(path)
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r}")
-    _check_entries(path, content, "task")
+    content = read_ours(path)
     if content["task"] != "segment":
         raise ValueError(
             f"{path}: a checkpoint of task {content['task']!r}; fine-tune it first (train_finetune.py, `weights`)"
         )
-    _check_entries(path, content, "model", "build", "preprocess", "channels", "labels", "patch_size")
     network = _rebuild(path, content)
     load_weights(network, path, content["model"])
     meta = {key: value for key, value in content.items() if key not in ("model", "optimizer")}

@@ -28,7 +28,7 @@ STATIONS = [
     {"training"},
     {"evaluation"},
     {"paper"},
-    {"predict", "phantom", "__main__"},
+    {"predict", "export", "phantom", "__main__"},
     {"demo"},
 ]
 LEVEL = {station: level for level, stations in enumerate(STATIONS) for station in stations}
