@@ -145,7 +145,7 @@ def main(args: argparse.Namespace) -> int:
     with torch.device("meta"):
         on_meta = build_network("segment", build, args.checkpoint_activations)
     if args.weights != SCRATCH:
-        path = checkpoint.find_one(args.weights)
+        path = checkpoint.find_one(args.weights).absolute()  # evaluation finds it from any working folder
         if str(path) != args.weights:
             log(f"weights: {path}")
         args.weights = str(path)

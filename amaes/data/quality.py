@@ -26,7 +26,7 @@ from amaes.data.store import Case, Store
 from amaes.files import write_json, write_text
 from amaes.pictures import Panel, Row, centred, middle_slices, write_sheet
 
-FORMAT = "amaes-qc-1"
+QC_FORMAT = "amaes-qc-1"
 SAMPLES = 100_000  # about so many voxels of a channel go into the statistics
 FAINT = 1e-3  # share of the range; values that interpolation leaves in an empty background are below it
 MIN_GROUP = 6  # smaller groups of images of one source and sequence are not compared
@@ -222,7 +222,7 @@ def report(store: str | Path, out: str | Path | None = None, progress: bool = Fa
             place = {"id": case.id, "channel": None, "source": source_of(case), "sequence": case.sequence}
             unreadable.append({**place, "score": None, "reasons": [f"cannot be read: {error}"]})
     listed = unreadable + outliers(rows, store.config["normalization"] == "unit")
-    content = {"format": FORMAT, "store": str(store.path.absolute()), "fingerprint": store.fingerprint}
+    content = {"format": QC_FORMAT, "store": str(store.path.absolute()), "fingerprint": store.fingerprint}
     write_json(out / "qc.json", {**content, "outliers": listed, "cases": rows})
     _write_csv(out / "qc.csv", rows)
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amaes import checkpoint
+from amaes.choices import SCRATCH
 from amaes.data.store import Store
 from amaes.files import read_json
 
@@ -182,7 +183,7 @@ def pretraining_options(options: dict) -> dict | None:
         None where there was no pretraining, or the file is gone or does not say how it was made.
     """
     path = Path(options["weights"])
-    if options["weights"] == "scratch" or not path.is_file():
+    if options["weights"] == SCRATCH or not path.is_file():
         return None
     provenance = checkpoint.read(path).get("provenance")
     made_with = provenance.get("options") if isinstance(provenance, dict) else None
@@ -226,7 +227,8 @@ def check_cases(store: Store, folds: Iterable[Fold], space: str) -> None:
         FileNotFoundError, ValueError: names the first such case.
     """
     for id in sorted({id for fold in folds for id in fold.test}):
-        if store.index(id) >= 0 and space == "native":
+        store.index(id)  # refuses an unknown case
+        if space == "native":
             label_file = store.properties(id).get("label_file")
             if label_file is None or not Path(label_file).is_file():
                 raise FileNotFoundError(

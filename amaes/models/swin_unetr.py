@@ -239,7 +239,7 @@ class SwinUNETR(nn.Module):
         return features
 
 
-class ResidualBlock(nn.Module):
+class SwinResidualBlock(nn.Module):
     """Two 3x3x3 convolutions without bias, instance norms without parameters, leaky ReLU; the input added.
 
     A change of channels brings the input through a 1x1x1 convolution and an instance norm.
@@ -275,9 +275,9 @@ class SwinUNETRDecoder(Decoder):
         widths = (channels[1], *channels[1:])
         deepest = len(channels) - 1
         for i, (count, width) in enumerate(zip(channels, widths, strict=True)):
-            self.laterals.append(nn.Identity() if i == deepest - 1 else ResidualBlock(count, width))
+            self.laterals.append(nn.Identity() if i == deepest - 1 else SwinResidualBlock(count, width))
         for i in range(deepest):
             self.ups.append(nn.ConvTranspose3d(widths[i + 1], widths[i], kernel_size=2, stride=2, bias=False))
-            self.stages.append(ResidualBlock(2 * widths[i], widths[i]))
+            self.stages.append(SwinResidualBlock(2 * widths[i], widths[i]))
         heads = widths if deep_supervision else widths[:1]
         self.heads.extend(nn.Conv3d(width, num_classes, kernel_size=1) for width in heads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from amaes.choices import SCRATCH
 from amaes.cli import as_options
 from amaes.evaluation.tables import markdown_table, markdown_text, mean_sd_text
 from amaes.paper.numbers import (
@@ -45,7 +46,7 @@ def compare_with_paper(
     task = evaluation or options.get("protocol")
     if task not in (*EVALUATIONS, *PROTOCOLS):
         return {"task": None, "rows": [], "obstacles": [NO_PROTOCOL], "notes": []}
-    pretrained = options["weights"] != "scratch"
+    pretrained = options["weights"] != SCRATCH
     published = _published_rows(options, task, pretraining)
     obstacles = _finetuning_obstacles(options, summary, task)
     if not published:
@@ -72,7 +73,7 @@ def title(task: str) -> str:
 
 def _published_rows(options: Mapping, task: str, pretraining: Mapping | None) -> list[dict]:
     """What the paper has for a run: {"name" of the row, "mean", "sd", "is_target"}."""
-    pretrained = options["weights"] != "scratch"
+    pretrained = options["weights"] != SCRATCH
     key = (options["arch"], options["decoder"], pretrained)
     if task == "brats21_cv":
         pretrained_with = _pretrained_with(pretraining) if pretraining else None
@@ -103,7 +104,7 @@ def _difference(ours: Mapping, *, name: str, mean: float, sd: float | None, is_t
 
 
 def _no_row(options: Mapping, task: str, pretraining: Mapping | None) -> str:
-    pretrained = options["weights"] != "scratch"
+    pretrained = options["weights"] != SCRATCH
     network = f"{options['arch']} with decoder {options['decoder']}, {'pretrained' if pretrained else 'from scratch'}"
     if task == "brats21_cv" and pretrained and pretraining is None:
         network += " in a way that the weights do not tell (file gone, or not written by train_pretrain.py)"
@@ -122,7 +123,7 @@ def _finetuning_obstacles(options: Mapping, summary: Mapping, task: str) -> list
             obstacles.append(
                 f"a fold has {cases} measured cases and {failed} that failed, expected {TESTED[task]} and 0"
             )
-    expected = FINETUNING | {"augment": "all" if options["weights"] == "scratch" else "spatial"}
+    expected = FINETUNING | {"augment": "all" if options["weights"] == SCRATCH else "spatial"}
     for name, value in expected.items():
         if options.get(name, value) != value:
             obstacles.append(f"`{name}` {options[name]}, the paper has {value}")

@@ -21,7 +21,7 @@ TESTED = {
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """A row of Tables 4 and 6.
 
     Attributes:
@@ -37,12 +37,12 @@ class Row:
     no_target: tuple[str, ...] = ()
 
 
-def _row(model: str, parameters: int, *dice: tuple[float, float], no_target: tuple[str, ...] = ()) -> Row:
+def _row(model: str, parameters: int, *dice: tuple[float, float], no_target: tuple[str, ...] = ()) -> PublishedRow:
     tasks = ("brats21", "isles22", "wmh", "wmh_ood")
-    return Row(model, parameters, dict(zip(tasks, dice, strict=True)), no_target)
+    return PublishedRow(model, parameters, dict(zip(tasks, dice, strict=True)), no_target)
 
 
-TABLE_4: dict[tuple[str, str, bool], Row] = {  # (architecture, decoder in fine-tuning, pretrained)
+TABLE_4: dict[tuple[str, str, bool], PublishedRow] = {  # (architecture, decoder in fine-tuning, pretrained)
     ("unet_xl", "unet", False): _row("U-Net XL", 90, (56.00, 2.55), (48.30, 2.94), (68.32, 1.75), (67.22, 1.59)),
     ("unet_b", "unet", False): _row("U-Net B", 22, (55.28, 1.75), (45.66, 2.40), (66.18, 2.28), (64.96, 2.52)),
     ("mednext_m", "unet", False): _row(

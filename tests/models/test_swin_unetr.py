@@ -6,8 +6,8 @@ from amaes.models import LightDecoder, Network, SwinUNETR, SwinUNETRDecoder
 from amaes.models.swin_unetr import (
     MERGING,
     PatchMerging,
-    ResidualBlock,
     SwinBlock,
+    SwinResidualBlock,
     SwinStage,
     WindowAttention,
     position_index,
@@ -73,10 +73,10 @@ def test_legacy_merging_repeats_two_sub_grids():
 
 def test_convolutional_blocks_equal_the_reference():
     config, state, (x,), expected = reference.block_case("res_block_same")
-    assert (loaded(ResidualBlock(config["C_in"], config["C_out"]), state)(x) - expected).abs().max() < 1e-5
+    assert (loaded(SwinResidualBlock(config["C_in"], config["C_out"]), state)(x) - expected).abs().max() < 1e-5
     config, state, (x, skip), expected = reference.block_case("up_block")
     decoder = SwinUNETRDecoder((1, 4, 8), (1, 2, 4), 1)
-    up, stage = decoder.ups[1], ResidualBlock(8, 4)
+    up, stage = decoder.ups[1], SwinResidualBlock(8, 4)
     up.load_state_dict({"weight": state["transp_conv.conv.weight"]})
     loaded(stage, state, only="conv_block")
     assert (stage(torch.cat([up(x), skip], dim=1)) - expected).abs().max() < 1e-5

@@ -113,9 +113,10 @@ def finetune_options(store, out, *more, steps=4):
 
 
 def test_fine_tuning_trains_every_fold_from_the_pretrained_encoder(pretrained, store, tmp_path):
-    done = run("train_finetune.py", *finetune_options(store, tmp_path / "run", "--weights", pretrained))
+    given = os.path.relpath(pretrained, ROOT)
+    done = run("train_finetune.py", *finetune_options(store, tmp_path / "run", "--weights", given))
     assert "loaded     40 tensors" in done.stdout + done.stderr
-    path = str(pretrained / "checkpoints" / "step-8.pt")
+    path = str(ROOT / given / "checkpoints" / "step-8.pt")  # also where it was given from the working folder on
     assert f"weights: {path}\n" in done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["weights"] == path
     for fold in (0, 1):
