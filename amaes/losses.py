@@ -57,7 +57,9 @@ def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: flo
     return F.cross_entropy(similarity, partner)
 
 
-def dice_ce_loss(logits: torch.Tensor, label: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
+def dice_ce_loss(
+    logits: torch.Tensor, label: torch.Tensor, allowed: torch.Tensor | None = None, ignored: int | None = None
+) -> torch.Tensor:
     """Cross-entropy plus soft Dice, weights 1 and 1 (arXiv 2408.00640, Sec. 4.2; background included, smoothing 1).
 
     Dice is per sample and class over space, `(2 TP + 1) / (2 TP + FP + FN + 1 + 1e-8)` on softmax probabilities; its
@@ -68,6 +70,7 @@ def dice_ce_loss(logits: torch.Tensor, label: torch.Tensor, allowed: torch.Tenso
         label: (B, X, Y, Z), integers in [0, K).
         allowed: classes that a sample may hold, (B, K), bool; the others take no part in its softmax and its Dice, and
             their logits get no gradient from it. None allows all.
+        ignored: label of voxels that are left out of both; None: there are none.
 
     Returns:
         Scalar, at least -1.
@@ -78,30 +81,42 @@ def dice_ce_loss(logits: torch.Tensor, label: torch.Tensor, allowed: torch.Tenso
     log_p = F.log_softmax(logits, dim=1)
     label = label.long()
     p = log_p.exp()
-    one_hot = torch.zeros_like(p).scatter_(1, label[:, None], 1.0)  # (B, K, X, Y, Z)
+    if ignored is None:
+        one_hot = torch.zeros_like(p).scatter_(1, label[:, None], 1.0)  # (B, K, X, Y, Z)
+        cross_entropy = F.nll_loss(log_p, label)
+    else:
+        seen = (label != ignored)[:, None]  # (B, 1, X, Y, Z)
+        known = label.where(seen[:, 0], 0)
+        one_hot = torch.zeros_like(p).scatter_(1, known[:, None], seen.to(p.dtype))
+        p = p * seen
+        total_ce = F.nll_loss(log_p, label, ignore_index=ignored, reduction="sum")
+        cross_entropy = total_ce / seen.sum().clamp(min=1)
     space = (2, 3, 4)
     overlap = (p * one_hot).sum(space)  # TP, (B, K)
     total = p.sum(space) + one_hot.sum(space)  # 2 TP + FP + FN
     dice = (2 * overlap + 1) / (total + 1 + 1e-8)
     mean = dice.mean() if allowed is None else ((dice * allowed).sum(1) / allowed.sum(1)).mean()
-    return F.nll_loss(log_p, label) - mean
+    return cross_entropy - mean
 
 
 def segmentation_loss(
-    outputs: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor, allowed: torch.Tensor | None = None
+    outputs: torch.Tensor | Sequence[torch.Tensor],
+    label: torch.Tensor,
+    allowed: torch.Tensor | None = None,
+    ignored: int | None = None,
 ) -> torch.Tensor:
     """`dice_ce_loss`, with deep supervision the mean over stages weighted 1, 1/2, 1/4, ... (finest first).
 
     Args:
         outputs: logits (B, K, X, Y, Z), or a list of them, finest first, each axis a whole fraction of the label's.
         label: (B, X, Y, Z), integers; brought to the size of coarser logits by taking every n-th voxel.
-        allowed: see `dice_ce_loss`.
+        allowed, ignored: see `dice_ce_loss`.
     """
     if isinstance(outputs, torch.Tensor):
-        return dice_ce_loss(outputs, label, allowed)
+        return dice_ce_loss(outputs, label, allowed, ignored)
     weights = [0.5**i for i in range(len(outputs))]
     losses = []
     for logits in outputs:
         step = [full // side for full, side in zip(label.shape[1:], logits.shape[2:], strict=True)]
-        losses.append(dice_ce_loss(logits, label[:, :: step[0], :: step[1], :: step[2]], allowed))
+        losses.append(dice_ce_loss(logits, label[:, :: step[0], :: step[1], :: step[2]], allowed, ignored))
     return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)

@@ -46,6 +46,24 @@ def test_deep_supervision_weighs_stages_and_takes_every_nth_voxel():
     assert segmentation_loss(fine, label).item() == dice_ce_loss(fine, label).item()
 
 
+def test_ignored_voxels_take_no_part():
+    torch.manual_seed(0)
+    label, logits = torch.randint(0, 3, (2, 4, 6, 8)), torch.randn(2, 3, 4, 6, 8, requires_grad=True)
+    label[:, :, 3:] = 255
+    loss = dice_ce_loss(logits, label, ignored=255)
+    assert loss.item() == pytest.approx(dice_ce_loss(logits[:, :, :, :3], label[:, :, :3]).item(), rel=1e-6)
+    loss.backward()
+    assert not logits.grad[:, :, :, 3:].any()
+    assert logits.grad[:, :, :, :3].all()
+    coarse = torch.randn(2, 3, 2, 3, 4)
+    expected = (loss + 0.5 * dice_ce_loss(coarse, label[:, ::2, ::2, ::2], ignored=255)) / 1.5
+    assert segmentation_loss([logits, coarse], label, ignored=255).item() == pytest.approx(expected.item(), rel=1e-6)
+    plain = dice_ce_loss(logits, label.clamp(max=2))
+    assert dice_ce_loss(logits, label.clamp(max=2), ignored=255).item() == pytest.approx(plain.item(), rel=1e-6)
+    nothing = dice_ce_loss(logits, torch.full_like(label, 255), ignored=255)
+    assert nothing.item() == pytest.approx(-1)  # 0 / 0 voxels of every class, smoothed; and no cross-entropy
+
+
 def test_masked_loss_is_the_mean_over_hidden_voxels():
     target, prediction = torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 2, 2, 2, 2)
     mask = torch.zeros(1, 1, 2, 2, 2, dtype=torch.bool)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from amaes.data.store import Store
-from amaes.preprocess.config import PLACEHOLDER
+from amaes.preprocess.config import IGNORED, PLACEHOLDER
 
 if TYPE_CHECKING:
     from amaes.data.several_stores import SeveralStores
@@ -26,9 +26,11 @@ class Classes:
     Attributes:
         names: class to name.
         count: output channels of the network.
-        tables: class of each stored value, (stores, 256), int64; `count`, which no loss takes, where not declared.
+        tables: class of each stored value, (stores, 256), int64; `count`, which no loss takes, where not declared; of
+            the value that a store leaves out, that value.
         allowed: classes that a store declares, (stores, count), bool.
         store_of: position of the store of each case, (cases,).
+        ignored: what `tables` and the stores hold in voxels that are left out; None: nothing is left out.
     """
 
     names: dict[int, str]
@@ -36,6 +38,7 @@ class Classes:
     tables: np.ndarray
     allowed: np.ndarray
     store_of: np.ndarray
+    ignored: int | None = None
 
     @property
     def of_one_store(self) -> bool:
@@ -44,7 +47,11 @@ class Classes:
 
     @classmethod
     def of(cls, store: Store | SeveralStores) -> Classes:
-        """The classes that the stores declare."""
+        """The classes that the stores declare.
+
+        Raises:
+            ValueError: so many classes that none of 256 values is left for what is left out.
+        """
         if isinstance(store, Store):
             declared, count = [{value: value for value in (0, *store.labels)}], store.num_classes
             names, store_of = {0: "background"} | store.labels, np.zeros(len(store.cases), np.int64)
@@ -55,7 +62,13 @@ class Classes:
         for row, values in enumerate(declared):
             tables[row, list(values)] = list(values.values())
             allowed[row, list(values.values())] = True
-        return cls(names, count, tables, allowed, store_of)
+        leaving_out = [one.ignored is not None for one in ([store] if isinstance(store, Store) else store.stores)]
+        if any(leaving_out) and count >= IGNORED:
+            raise ValueError(
+                f"{store.path}: {count} classes; where voxels are left out, fewer than {IGNORED} are accepted"
+            )
+        tables[leaving_out, IGNORED] = IGNORED
+        return cls(names, count, tables, allowed, store_of, IGNORED if any(leaving_out) else None)
 
     def rows(self, cases: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables (B, 256) and allowed classes (B, count) of a batch, on the CPU."""
@@ -99,7 +112,7 @@ def check_labels(store: Store | SeveralStores, ids: Sequence[str]) -> None:
     for id in ids:
         home, id_there = (store, id) if isinstance(store, Store) else store.home(id)
         counts = home.properties(id_there).get("label_counts", {})
-        undeclared = sorted(int(value) for value in counts if int(value) not in (0, *home.labels))
+        undeclared = sorted(int(value) for value in counts if int(value) not in (0, *home.labels, home.ignored))
         if undeclared:
             declared = ", ".join(f"{value} {name}" for value, name in sorted(home.labels.items()))
             raise ValueError(

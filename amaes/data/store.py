@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from amaes.files import first_line, read_json
-from amaes.preprocess.config import STORE_FORMAT, Config
+from amaes.preprocess.config import IGNORED, STORE_FORMAT, Config
 from amaes.preprocess.file_names import fault_of_id
 
 
@@ -39,6 +39,7 @@ class Store:
         channels: names, in the order of the arrays' first axis.
         labels: value to name, {0: "background", ...}; empty where no case has a label.
         config: the preprocessing configuration as plain data.
+        ignored: the label value of voxels that are left out of losses and scores; None where there are none.
 
     Raises:
         FileNotFoundError: no store there.
@@ -61,7 +62,8 @@ class Store:
             self.labels = {int(value): str(name) for value, name in content["labels"].items()}
             self.config = dict(content["config"])
             self.cases = [_case(entry) for entry in content["cases"]]
-            _check(self.channels, self.labels, self.config)
+            ignores = _check(self.channels, self.labels, self.config).ignores
+            self.ignored = IGNORED if ignores and IGNORED not in self.labels else None
             self._index = {case.id: i for i, case in enumerate(self.cases)}
             if len(self._index) < len(self.cases):
                 raise ValueError("two cases have the same id")
@@ -93,6 +95,8 @@ class Store:
         """Which values the label of a case may hold: (256,), bool."""
         values = np.zeros(256, bool)
         values[[0, *self.labels]] = True
+        if self.ignored is not None:
+            values[self.ignored] = True
         return values
 
     def index(self, id: str) -> int:
@@ -161,7 +165,7 @@ def _row(case: Case) -> tuple:
     return case.id, case.subject, case.labelled, case.shape, case.session, case.sequence
 
 
-def _check(channels: list[str], labels: dict[int, str], config: dict) -> None:
+def _check(channels: list[str], labels: dict[int, str], config: dict) -> Config:
     if not channels:
         raise ValueError("it has no channels")
     if not all(0 <= value <= 255 for value in labels):
@@ -169,7 +173,7 @@ def _check(channels: list[str], labels: dict[int, str], config: dict) -> None:
     missing = [name for name in ("spacing", "normalization") if name not in config]
     if missing:
         raise ValueError(f"its config has no {missing[0]!r}")
-    Config.from_dict(config)
+    return Config.from_dict(config)
 
 
 def _open(path: Path, shape: tuple[int, ...], kind: type) -> np.ndarray:

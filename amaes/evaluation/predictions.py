@@ -17,11 +17,9 @@ from amaes.data.store import Store
 from amaes.evaluation.folds import Fold
 from amaes.files import read_json, write_json, written_whole
 from amaes.inference import argmax_labels, restore_labels, sliding_window, undo_label_map
-from amaes.preprocess.config import Config
+from amaes.preprocess.config import IGNORED, Config
 from amaes.preprocess.nifti import Header, write_like
 from amaes.preprocess.read_case import read_file, read_label
-
-IGNORED = 255  # class number of voxels that are left out of both maps, while a label is read
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,23 @@ class NativeSpace:
         """The label file of a case; RejectedInput where it cannot be read."""
         path, warnings = Path(self._store.properties(id)["label_file"]), []
         header, _ = read_file(path, self._config)
-        if self._ignored_label is None:
-            labels, _ = read_label(path, header, self._config, warnings)
-            return Reference(labels, header.ras_spacing, warnings, header)
-        label_map = {**self._config.label_map, self._ignored_label: IGNORED}
-        labels, _ = read_label(path, header, replace(self._config, label_map=label_map), warnings)
-        ignored = labels == IGNORED
-        labels[ignored] = 0
+        config, leaves_out = self._config, self._store.ignored is not None
+        if self._ignored_label is not None:
+            label_map = {**config.label_map, self._ignored_label: IGNORED}
+            config, leaves_out = replace(config, label_map=label_map), True
+        labels, _ = read_label(path, header, config, warnings)
+        labels, ignored = _left_out(labels) if leaves_out else (labels, None)
         return Reference(labels, header.ras_spacing, warnings, header, ignored)
 
     def prediction(self, id: str, reference: Reference) -> np.ndarray:
         """Class numbers (X, Y, Z) in RAS on the label's grid; RejectedInput where that is another and stays so."""
         return read_label(self.path(id), reference.header, self._config, reference.warnings)[0]
+
+
+def _left_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The labels with background in place of what is left out, and where that is."""
+    ignored = labels == IGNORED
+    return np.where(ignored, 0, labels), ignored
 
 
 class StoreSpace:
@@ -114,7 +117,10 @@ class StoreSpace:
         at = self._store.properties(id)
         sides = zip(at["cropped_shape"], at["ras_spacing"], at["resampled_shape"], strict=True)
         spacing = tuple(count * size / resampled for count, size, resampled in sides)  # shapes are rounded, so not 1 mm
-        return Reference(np.asarray(self._store.label(id)), spacing, [])
+        labels, ignored = np.asarray(self._store.label(id)), None
+        if self._store.ignored is not None:
+            labels, ignored = _left_out(labels)
+        return Reference(labels, spacing, [], ignored=ignored)
 
     def prediction(self, id: str, reference: Reference) -> np.ndarray:
         """Class numbers, (X, Y, Z); ValueError where the file holds something else."""

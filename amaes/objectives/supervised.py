@@ -76,13 +76,13 @@ class SupervisedSegmentation:
 
     def losses(self, outputs: torch.Tensor | Sequence[torch.Tensor], targets: Targets) -> dict[str, torch.Tensor]:
         """Dice and cross-entropy over the allowed classes, with deep supervision over the stages."""
-        return {"segmentation": segmentation_loss(outputs, *targets)}
+        return {"segmentation": segmentation_loss(outputs, *targets, self.classes.ignored)}
 
     def baseline(self, targets: Targets) -> torch.Tensor:
         """All allowed classes equally likely in every voxel."""
         label, allowed = targets
         logits = torch.zeros(1, device=label.device).expand(len(label), self.classes.count, *label.shape[1:])
-        return segmentation_loss(logits, label, allowed)
+        return segmentation_loss(logits, label, allowed, self.classes.ignored)
 
     def panels(self, inputs: torch.Tensor, outputs: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
         """The first channel, and the classes of the network and of the label as shades of grey, background black."""
@@ -93,5 +93,5 @@ class SupervisedSegmentation:
         return {
             "seen": inputs[:, :1],
             "predicted": outputs.argmax(dim=1)[:, None] / brightest,
-            "label": label[:, None] / brightest,
+            "label": label.where(label <= brightest, 0)[:, None] / brightest,
         }

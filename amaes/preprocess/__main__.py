@@ -11,11 +11,12 @@ import dataclasses
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amaes.cli import EXIT_OK, Parser, as_options, integer, real, run, workers
-from amaes.preprocess.config import CHOICES, MIN_AXIS, SPACING, Config
+from amaes.preprocess.config import CHOICES, IGNORED, MIN_AXIS, SPACING, Config
 from amaes.preprocess.file_names import SEQUENCES
 from amaes.preprocess.source_tables import CORPUS_FILTER, SOURCES, source_name
 
@@ -44,17 +45,30 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     )
     argv = sys.argv[1:] if argv is None else argv
     # A blank before it makes -1:0 a value; argparse would take it for an option.
-    args = parser.parse_args([f" {text}" if re.fullmatch(r"-\d+:\d+", text) else text for text in argv])
+    args = parser.parse_args([f" {text}" if re.fullmatch(r"-\d+:\S+", text) else text for text in argv])
     if args.qc is None and args.out is None:
         parser.error("the following arguments are required: --out")
-    if args.shard is not None and args.overwrite:
-        parser.error("--shard and --overwrite exclude each other: a shard started again would redo its cases")
-    if args.shard is not None and args.prune:
-        parser.error("--shard and --prune exclude each other: the run without --shard knows all cases")
+    for name, why in (("overwrite", "a shard started again would redo its cases"), ("prune", "a shard has some cases")):
+        if args.shard is not None and getattr(args, name):
+            parser.error(f"--shard and --{name} exclude each other: {why}")
+    for name in ("label_map", "label_names"):
+        _refuse_contradictions(parser, name, getattr(args, name) or ())
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.qc is not None and (others := [name for name in given if name not in ("qc", "out")]):
         parser.error(f"{_flag(others[0])}: does not go with --qc, which takes --out alone")
     return args
+
+
+def _refuse_contradictions(parser: Parser, option: str, pairs: Sequence[tuple[int, object]]) -> None:
+    """Refuse one label value with two meanings, and one name of two values."""
+    meaning: dict[int, object] = {}
+    for value, new in pairs:
+        if meaning.setdefault(value, new) != new:
+            parser.error(f"{_flag(option)}: label {value} becomes both {meaning[value]} and {new}")
+    names = [name for name in meaning.values() if isinstance(name, str)]
+    if len(set(names)) < len(names):
+        name = max(names, key=names.count)
+        parser.error(f"{_flag(option)}: two labels are called {name!r}; --label-map makes them one")
 
 
 def _add_input_options(group: argparse._ArgumentGroup) -> None:
@@ -81,16 +95,7 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         help="check a store instead of writing one: statistics, outliers, contact sheets",
     )
     _add_source_options(group)
-    group.add_argument(
-        "--labels",
-        nargs="+",
-        type=Path,
-        metavar="DIR",
-        help="folders of labels, named like the images; one for each folder of --images",
-    )
-    group.add_argument(
-        "--label-name", metavar="NAME", help="labels lie beside the images and are called NAME, *_NAME or *-NAME"
-    )
+    _add_label_options(group)
     group.add_argument(
         "--channels",
         nargs="+",
@@ -109,7 +114,34 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         default="error",
         help="a case that lacks a channel is rejected, or the channel is filled with zeros",
     )
-    group.add_argument("--label-map", nargs="+", type=_label_mapping, metavar="OLD:NEW", help="label values to replace")
+
+
+def _add_label_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--labels",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="folders of labels, named like the images; one for each folder of --images",
+    )
+    group.add_argument(
+        "--label-name", metavar="NAME", help="labels lie beside the images and are called NAME, *_NAME or *-NAME"
+    )
+    group.add_argument(
+        "--label-map",
+        nargs="+",
+        type=_label_mapping,
+        metavar="OLD:NEW",
+        help="label values to replace; OLD:ignore leaves voxels out of loss, sampling and scores, as dataset.json does "
+        "with a label called ignore",
+    )
+    group.add_argument(
+        "--label-names",
+        nargs="+",
+        type=_label_name,
+        metavar="VALUE:NAME",
+        help="names of label values, as the files hold them (default: of dataset.json, else label_VALUE)",
+    )
 
 
 def _add_source_options(group: argparse._ArgumentGroup) -> None:
@@ -232,12 +264,21 @@ def _label_mapping(text: str) -> tuple[int, int]:
     """argparse type: OLD:NEW."""
     old, separator, new = text.partition(":")
     try:
-        pair = int(old), int(new)
+        pair = int(old), IGNORED if new == "ignore" else int(new)
     except ValueError:
         separator = ""
-    if not separator or abs(pair[0]) >= 1 << 32 or not 0 <= pair[1] <= 255:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not OLD:NEW, two whole numbers, the new one in 0..255")
+    if not separator or abs(pair[0]) >= 1 << 32 or not 0 <= pair[1] < IGNORED + (new == "ignore"):
+        accepted = f"two whole numbers, the new one in 0..{IGNORED - 1} or ignore"
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not OLD:NEW, {accepted}")
     return pair
+
+
+def _label_name(text: str) -> tuple[int, str]:
+    """argparse type: VALUE:NAME."""
+    value, _, name = text.partition(":")
+    if not re.fullmatch(r"-?\d{1,9}", value.strip()) or not name.strip() or not name.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not VALUE:NAME, a whole number and a name")
+    return int(value), name.strip()
 
 
 def _source(text: str) -> tuple[str, Path]:
@@ -280,6 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         _print(quality.report(args.qc, args.out, progress=True))
         return EXIT_OK
     collection, label_map = _from_sources(args) if args.source else _from_images(args)
+    collection = _with_names(collection, args.label_names or (), label_map)
     names = [field.name for field in dataclasses.fields(Config) if field.name not in ("label_map", "spacing")]
     settings = {name: getattr(args, name) for name in names}
     config = Config(label_map=label_map, spacing=tuple(args.spacing), **settings)
@@ -347,6 +389,17 @@ def _from_sources(args: argparse.Namespace) -> tuple[Collection, dict[int, int]]
     if args.dry_run:
         _print(describe(folders))
     return collect_sources(folders, args.corpus_filter), label_map
+
+
+def _with_names(collection: Collection, pairs: Sequence[tuple[int, str]], label_map: dict[int, int]) -> Collection:
+    """The collection with the names of --label-names; refused where they contradict the label map."""
+    names: dict[int, str] = {}
+    for value, name in pairs:
+        new = label_map.get(value, value)
+        if new == IGNORED or names.setdefault(new, name) != name:
+            reason = "is left out" if new == IGNORED else f"and {names[new]} are one label"
+            raise ValueError(f"`label_names` {value}:{name} {reason} by `label_map`; give a class one name")
+    return dataclasses.replace(collection, names=dict(pairs))
 
 
 def _print(text: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from amaes.preprocess import normalize, resample
-from amaes.preprocess.config import FORMAT, Config
+from amaes.preprocess.config import FORMAT, IGNORED, Config
 from amaes.preprocess.nifti_header import Header, RejectedInput
 from amaes.preprocess.read_case import Channel, channels_of_array, check_corpus, read_channels, read_label
 
@@ -242,7 +242,8 @@ def _label_array(
     label, raw_values = read_label(path, grid.header, config, warnings, classes=classes)
     counts = np.bincount(label.ravel())
     values = [int(value) for value in np.flatnonzero(counts)]
-    n_outside = int(counts[1:].sum()) - int(np.count_nonzero(label[grid.crop]))
+    classes_of = slice(1, IGNORED if config.ignores else None)
+    n_outside = int(counts[classes_of].sum() - np.bincount(label[grid.crop].ravel())[classes_of].sum())
     if n_outside:
         text = f"{n_outside} label voxels lie outside the image's foreground box"
         warnings.append(f"label_outside_crop: {path.name}: {text}")

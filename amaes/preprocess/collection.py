@@ -62,6 +62,11 @@ class Collection:
     unused: list[Path] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
 
+    @property
+    def left_out(self) -> list[int]:
+        """Label values that are declared to take part in no loss and no score: nnU-Net's "ignore"."""
+        return [value for value, name in self.classes.items() if name == "ignore"]
+
     def summary(self) -> str:
         """One line: how many cases of what."""
         n_subjects = len({item.subject for item in self.items})

@@ -21,6 +21,7 @@ CHOICES = {
     "nan_background": ("reject", "zero"),
     "dtype": ("float32", "float16"),
 }
+IGNORED = 255  # stored label of voxels that take part in no loss and no score
 SPACING = (0.01, 100.0)  # mm, of the arrays
 MIN_AXIS = (1, 4096)  # voxels
 ADDED = {"nan_background": "reject"}  # settings that came later, and the value at which the arrays are as before
@@ -46,8 +47,8 @@ class Config:
         verify: check the CRC of gzip files, and the size of a voxel, which a header says twice; not part of the hash,
             as it changes no array.
         dtype: of the stored images.
-        label_map: old label value to new. The index of a store also lists, as {1: 1}, values of its label files that
-            other values were mapped onto; such entries are not part of the hash.
+        label_map: old label value to new; IGNORED = left out of losses and scores. The index of a store also lists, as
+            {1: 1}, values of its label files that other values were mapped onto; such entries are not part of the hash.
     """
 
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -82,6 +83,11 @@ class Config:
         pairs = [*self.label_map, *self.label_map.values()]
         if not all(type(value) is int for value in pairs) or not all(0 <= v <= 255 for v in self.label_map.values()):
             raise ValueError(f"`label_map` must lead to values in 0..255, found {self.label_map!r:.80}")
+
+    @property
+    def ignores(self) -> bool:
+        """Voxels of some label values are left out."""
+        return IGNORED in self.label_map.values()
 
     def as_dict(self) -> dict:
         """Plain data that JSON does not change."""

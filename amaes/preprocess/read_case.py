@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from amaes.preprocess import nifti
-from amaes.preprocess.config import Config
+from amaes.preprocess.config import IGNORED, Config
 from amaes.preprocess.nifti_header import SPACING_TOLERANCE, Header, RejectedInput, header_of_array
 
 NONFINITE_FRACTION = 0.001  # up to this fraction of voxels may be NaN or infinite; they are repaired
@@ -181,6 +181,9 @@ def read_label(
         accepted = " ".join(map(str, sorted(allowed))) if classes else "0..255"
         others = " ".join(map(str, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
         raise RejectedInput("label_values", path, f"expected label values {accepted}, found also {others}")
+    if config.ignores and IGNORED in set(values) - set(config.label_map):
+        text = f"found label {IGNORED}, which stands for what `label_map` leaves out; give it another value"
+        raise RejectedInput("label_values", path, text)
     label = np.zeros(data.shape, dtype=np.uint8)
     for value in values:
         if target := config.label_map.get(value, value):

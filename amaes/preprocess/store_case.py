@@ -13,6 +13,7 @@ import numpy as np
 
 from amaes.files import is_disk_full, written_whole
 from amaes.preprocess.case import PreprocessedCase, preprocess_case
+from amaes.preprocess.config import IGNORED
 from amaes.preprocess.nifti_header import RejectedInput
 from amaes.preprocess.report import Outcome, not_done, with_remedy
 from amaes.preprocess.store_index import case_files
@@ -65,7 +66,7 @@ def store_case(
             case = _preprocessed(item, config, collection)
             if item.id in listed and not redo:
                 _check_same_content(store, item, case)
-            properties = _save(store, item, case, np.dtype(config.dtype), stamps)
+            properties = _save(store, item, case, np.dtype(config.dtype), stamps, ignores=config.ignores)
         row |= {"warnings": properties["warnings"], "shape": properties["shape"]}
         row["seconds"] = round(time.perf_counter() - began, 3)
         files = [path for path in case_files(store, item.id) if path.is_file()]
@@ -155,7 +156,7 @@ def _properties_if_done(store: Path, item: Item, config: Config, channels: Seque
         return None
 
 
-def _save(store: Path, item: Item, case: PreprocessedCase, dtype: np.dtype, stamps: list) -> dict:
+def _save(store: Path, item: Item, case: PreprocessedCase, dtype: np.dtype, stamps: list, ignores: bool) -> dict:
     """Write the arrays, then the record that says they are complete; returns the record."""
     image, label, record = case_files(store, item.id)
     record.unlink(missing_ok=True)
@@ -164,6 +165,8 @@ def _save(store: Path, item: Item, case: PreprocessedCase, dtype: np.dtype, stam
         label.unlink(missing_ok=True)
     else:
         foreground = _foreground(case.label)
+        if ignores:
+            foreground.pop(str(IGNORED), None)  # no patch is placed around it
         _write_array(label, case.label)
     _write_array(image, case.image.astype(dtype, copy=False))
     properties = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amaes.files import written_whole
-from amaes.preprocess.config import PLACEHOLDER, STORE_FORMAT, Config
+from amaes.preprocess.config import IGNORED, PLACEHOLDER, STORE_FORMAT, Config
 
 if TYPE_CHECKING:
     from amaes.preprocess.collection import Collection, Item
@@ -79,6 +79,9 @@ def class_names(
     for value, name in (before or {}).items():
         if PLACEHOLDER.fullmatch(names.setdefault(value, name)):
             names[value] = name
+    if config.ignores:  # no class
+        names.pop(IGNORED, None)
+        values = set(values) - {IGNORED}
     for value in sorted(set(values)):
         names.setdefault(value, f"label_{value}")
     if collection.foreground_name is not None and set(names) == {0, 1} and PLACEHOLDER.fullmatch(names[1]):

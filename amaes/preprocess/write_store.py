@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from amaes.files import is_disk_full, locked, written_whole
 from amaes.preprocess.collection import Collection, Item
-from amaes.preprocess.config import Config
+from amaes.preprocess.config import IGNORED, Config
 from amaes.preprocess.earlier_cases import Earlier, prepare_folder
 from amaes.preprocess.processes import in_processes
 from amaes.preprocess.report import STATUSES, Outcome, Result, not_done
@@ -57,6 +58,7 @@ def write_store(
         OSError: the disk is full; what was written is complete, and the same call continues.
     """
     store, began = _made_folder(Path(store)), time.perf_counter()
+    config = _leaving_out(collection.left_out, config)
     items, report = collection.items, "report.jsonl"
     if shard is not None:
         _refuse_with_shard(overwrite, prune)
@@ -88,6 +90,11 @@ def _made_folder(store: Path) -> Path:
     except OSError as error:
         raise OSError(f"{store}: cannot be made a folder ({error.strerror})") from error
     return store
+
+
+def _leaving_out(values: Sequence[int], config: Config) -> Config:
+    """The settings with those label values left out, unless the label map says otherwise."""
+    return replace(config, label_map={**dict.fromkeys(values, IGNORED), **config.label_map}) if values else config
 
 
 def _refuse_with_shard(overwrite: bool, prune: bool) -> None:

@@ -179,6 +179,24 @@ def test_predictions_are_reused_until_weights_or_settings_change(make_run, capsy
     assert "4.66" in out  # 2 * 64 / (2680 + 64)
 
 
+@pytest.mark.parametrize("space", ["native", "store"])
+def test_voxels_that_preprocessing_left_out_are_not_scored(make_run, store, capsys, space):
+    label = np.zeros(SHAPE, np.uint8)
+    label[BLOB] = 1
+    label[3:6] = 2  # of the bright voxels, too, which the network calls class 1
+    save_nifti(store.parent / "labels" / "a.nii.gz", label, LPS)
+    config = Config(label_map={2: 255})
+    only_a = collect(store.parent / "images" / "a.nii.gz", store.parent / "labels")
+    write_store(only_a, store, config, overwrite=True, prune=True)
+    assert Store(store).labels == {0: "background", 1: "label_1"}
+    run_folder = make_run("r", 0.1, [["a"]])  # the whole body
+    status, *_ = run(capsys, run_folder, "--space", space, "--metrics", "dice")
+    path = next((run_folder / "fold0").glob("results*.json"))
+    row = json.loads(path.read_text())["cases"][0]["classes"]["1"]
+    left = BODY[0].stop - 6, *(side.stop - side.start for side in BODY[1:])
+    assert (status, row["n_ref"], row["n_pred"]) == (0, 64, np.prod(left))
+
+
 def remake(store, level):
     """Another image of one case, label files as they were."""
     image = save_nifti(store.parent / "images" / "b.nii.gz", scan(level), LPS)

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +86,34 @@ def test_labels_become_classes_of_all_stores(pool):
     assert torch.equal(label[0], stored[0])
     assert torch.equal(label[1], torch.tensor([0, 2, 3])[stored[1]])
     assert allowed.tolist() == [[True, True, True, False], [True, False, True, True]]
+
+
+def test_what_a_store_leaves_out_is_no_class_and_no_target(pool):
+    index = pool.stores[1].path / "dataset.json"
+    content = json.loads(index.read_text())
+    content["config"]["label_map"] = {"2": 255}
+    content["labels"] = {"0": "background", "1": "TWO"}
+    index.write_text(json.dumps(content))
+    for case in ("case00", "case01"):
+        path = index.parent / "cases" / f"{case}_label.npy"
+        label = np.load(path)
+        np.save(path, np.where(label == 2, 255, label).astype(np.uint8))
+    both = open_stores([store.path for store in pool.stores])
+    objective = objective_of(both)
+    assert objective.classes.names == {0: "background", 1: "one", 2: "two"}
+    batch = read(both, [0, 2], window=(40, 52, 36))
+    _, targets = objective.prepare(batch, CPU, training=False)
+    stored = batch["label"].long()
+    assert torch.equal(targets[0][0], stored[0])
+    assert torch.equal(targets[0][1], torch.where(stored[1] == 1, 2, stored[1]))
+    assert (targets[0][1] == 255).sum() > 0
+    logits = torch.randn(2, 3, 40, 52, 36)
+    loss = objective.losses(logits, targets)["segmentation"]
+    logits.masked_fill_((targets[0] == 255)[:, None], 9.0)
+    assert torch.equal(objective.losses(logits, targets)["segmentation"], loss)
+    assert objective.panels(torch.zeros(2, 1, 40, 52, 36), logits, targets)["label"].max() == 1
+    alone = objective_of(both.stores[1])
+    assert (alone.build["num_classes"], alone.classes.ignored) == (2, 255)
 
 
 def test_a_case_that_stands_in_for_another_keeps_the_classes_of_its_own_store(pool):

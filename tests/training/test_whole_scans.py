@@ -56,6 +56,14 @@ def test_dice_by_hand(store, low, high, ids, expected):
     assert network.training
 
 
+def test_voxels_that_are_left_out_are_not_scored(store, monkeypatch):
+    monkeypatch.setattr(store, "ignored", 255)
+    label = np.array(store.label("case00"))
+    label[20:22] = 255  # of the voxels of 0.25
+    monkeypatch.setattr(store, "label", lambda id: label)
+    assert validation_dice(Oracle(0.1, 0.6), store, ["case00"], (16, 24, 20), RANKS) == pytest.approx(1.0)
+
+
 def test_a_stop_request_gives_it_up(store):
     asked = iter([False, True])
     assert (
