@@ -117,7 +117,7 @@ def model_card(name: str, content: Mapping, digest: str, beside: Mapping) -> str
         *([["classes", classes]] if classes else []),
         ["trained on", _trained_on(options, provenance, beside["cases"])],
         ["training", _words(options, TRAINING) + f"; {content.get('step')} steps done"],
-        ["preprocessing", ", ".join(f"{key} {value}" for key, value in content["preprocess"].items())],
+        ["preprocessing", _words(content["preprocess"])],
         ["made with", _words(_mapping(provenance.get("versions"))) + f"; commit {provenance.get('commit')}"],
         ["SHA-256", digest],
     ]
@@ -134,7 +134,15 @@ def _mapping(value: object) -> Mapping:
 
 
 def _words(values: Mapping, names: tuple[str, ...] | None = None) -> str:
-    return ", ".join(f"{key} {values[key]}" for key in names or values if values.get(key) is not None)
+    return ", ".join(f"{key} {_shown(values[key])}" for key in names or values if values.get(key) is not None)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return " x ".join(map(str, value))
+    return (
+        ", ".join(f"{key} to {new}" for key, new in value.items()) or "none" if isinstance(value, dict) else str(value)
+    )
 
 
 def _trained_on(options: Mapping, provenance: Mapping, cases: Mapping) -> str:

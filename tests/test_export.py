@@ -88,7 +88,7 @@ def test_the_card_tells_what_the_network_is_and_what_it_scored(fold, tmp_path, c
         "# net.pt",
         "| trained on | brains (store abc); 2 cases, tested on 1 others |",
         "| classes | 0 background, 1 one, 2 two |",
-        "spacing (1.0, 1.0, 1.0)",
+        "spacing 1.0 x 1.0 x 1.0, ",
         "| native | 1 one | 1 | 87.50 |",
         "| native | 2 two | 1 | – |",
         sha256(tmp_path / "net.pt"),
