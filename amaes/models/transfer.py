@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from amaes.models.build import ARCHITECTURES, build_encoder
 MIN_COVERAGE = 0.95  # of the encoder's parameters, in a file that is taken without asking
 
 Tensors = Mapping[str, torch.Tensor]
+_BLOCK = re.compile(r"^encoder\.stages\.(\d+)\.(?:blocks\.)?(\d+)\.")
+_HINTS = {"merging": "; weights made with MONAI before 1.5 need legacy"}  # where a file does not tell
 
 
 @dataclass
@@ -92,7 +95,7 @@ def _check_variant(where: object, variant: Mapping[str, str | None], encoder: nn
     for option, value in encoder.variant.items():
         made_with = variant.get(option)
         if made_with is None:
-            notes.append(f"`{option}` {value} is assumed, the file does not tell")
+            notes.append(f"`{option}` {value} is assumed, the file does not tell{_HINTS.get(option, '')}")
         elif made_with != value:
             raise ValueError(
                 f"{where}: made with `{option}` {made_with}, the network has {value}; take `{option}` {made_with}"
@@ -112,9 +115,9 @@ def _encoder_weights(
     if not weights or (report.coverage < MIN_COVERAGE and not allow_partial):
         raise ValueError(
             f"{where}: gives {100 * report.coverage:.1f} % of the encoder's parameters ({len(weights)} of "
-            f"{len(target)} tensors), at least {100 * MIN_COVERAGE:.0f} % are needed; the file ({report.source}) holds "
-            f"{_shapes(tensors)}; the encoder needs {_shapes({f'encoder.{name}': target[name] for name in report.new})}"
-            f"; {fitting_architectures(tensors)} (`allow_partial` takes what fits)"
+            f"{len(target)} tensors), at least {100 * MIN_COVERAGE:.0f} % are needed; "
+            f"{_difference(tensors, target, report)}; {fitting_architectures(tensors)} "
+            "(`allow_partial` takes what fits)"
         )
     without_place = [name for name in _names(tensors, "encoder.") if name not in target]
     # A first convolution may be new (`stem` "random"), and so may response norms, which begin as the identity.
@@ -128,8 +131,8 @@ def _encoder_weights(
         if missing:
             parts.append(f"{len(missing)} of the encoder are not in it, e.g. {missing[0]}")
         raise ValueError(
-            f"{where}: holds another encoder: {'; '.join(parts)}; {fitting_architectures(tensors)} (`allow_partial` "
-            "takes what fits)"
+            f"{where}: holds another encoder: {'; '.join(parts)}; {_difference(tensors, target, report)}; "
+            f"{fitting_architectures(tensors)} (`allow_partial` takes what fits)"
         )
     return weights
 
@@ -200,6 +203,37 @@ def _shapes(tensors: Tensors) -> str:
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in list(tensors.items())[:2]) + ", ..."
 
 
+def _difference(tensors: Tensors, target: Tensors, report: Transfer) -> str:
+    """For messages: how the encoder of a file and that of a network are built; shapes, where that says nothing."""
+    wanted = {f"encoder.{name}": tensor for name, tensor in target.items()}
+    given, needed = describe_encoder(tensors), describe_encoder(wanted)
+    if not given or given == needed:
+        given, needed = _shapes(tensors), _shapes({name: wanted[f"encoder.{name}"] for name in report.new})
+    return f"the file ({report.source}) has {given}, the network {needed}"
+
+
+def describe_encoder(tensors: Tensors) -> str:
+    """For messages: number of blocks and width of each stage, sides of the kernels; "" where names tell no stages."""
+    blocks: dict[int, set[str]] = {}
+    widths: dict[int, int] = {}
+    kernels = set()
+    for name, tensor in tensors.items():
+        if match := _BLOCK.match(name):
+            blocks.setdefault(int(match[1]), set()).add(match[2])
+            if tensor.dim() == 1 and ".norm" in name:
+                widths.setdefault(int(match[1]), tensor.shape[0])
+            if tensor.dim() == 5 and max(tensor.shape[2:]) > 1:
+                kernels.add("x".join(map(str, tensor.shape[2:])))
+    parts = [f"stages of {_row(len(blocks[stage]) for stage in sorted(blocks))} blocks"] if blocks else []
+    parts += [f"widths {_row(widths[stage] for stage in sorted(widths))}"] if widths else []
+    parts += [f"kernels {_row(sorted(kernels))}"] if kernels else []
+    return ", ".join(parts)
+
+
+def _row(values: Iterable[object]) -> str:
+    return " ".join(map(str, values))
+
+
 def _same_but_channels(given: torch.Tensor, wanted: torch.Tensor) -> bool:
     return given.dim() == wanted.dim() and given.shape[0] == wanted.shape[0] and given.shape[2:] == wanted.shape[2:]
 
@@ -213,10 +247,15 @@ def _is_smaller_kernel(given: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 def fits_architecture(tensors: Tensors, arch: str) -> bool:
     """Whether weights under our names are the whole encoder `arch`, the number of input channels aside."""
-    with torch.device("meta"):
-        target = build_encoder(arch).state_dict()
+    target = _encoder_on_meta(arch)
     given = {name: tensors[f"encoder.{name}"] for name in _names(tensors, "encoder.")}
     return given.keys() == target.keys() and all(_same_but_channels(given[name], target[name]) for name in target)
+
+
+@cache
+def _encoder_on_meta(arch: str) -> Tensors:
+    with torch.device("meta"):
+        return build_encoder(arch).state_dict()
 
 
 def fitting_architectures(tensors: Tensors) -> str:
