@@ -197,7 +197,8 @@ epochs = integer(1, 10**6)
 workers = integer(0, 1024)  # processes
 seed = integer(0, 2**32 - 1)
 split_seed = integer(0, 4_000_000)  # the folds' generator takes 1000 times it, in 32 bits
-positive_float = real(0, 1e38, above=True)
+positive_float = real(0, 1e6, above=True)
+learning_rate = real(0, 1e38, above=True)  # what float32 holds
 non_negative_float = real(0, 1e6)
 correlation = real(0, 1, above=True)
 

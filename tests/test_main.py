@@ -1,10 +1,12 @@
 """The command `amaes`: starts what its first word names, and says so in usage and errors."""
 
 import argparse
+import importlib.util
 import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -138,3 +140,70 @@ def test_commands_run_and_report_under_their_own_name(tmp_path):
     _, err = amaes("evaluate", tmp_path / "nothing", status=2)
     assert err.startswith("amaes evaluate: error: ")
     assert len(err.splitlines()) == 1
+
+
+# Numbers beyond reason
+
+ROOT = Path(__file__).parent.parent
+HAVE_OPTIONS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("amaes/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    if re.search(r"\bParser\(\s*(description|\n)", path.read_text())
+)
+HUGE = 10**19
+TEXTS = {  # what an option may take, the same with a number that is too large, and which part of its value that is
+    **dict.fromkeys(("1", "40", "0.5"), (f"{HUGE}", 0)),
+    **{"1:2": (f"1:{HUGE}", 1), "2:1": (f"{HUGE}:1", 0), "0/2": (f"0/{HUGE}", 1)},
+}
+
+
+class Parsed(Exception):
+    pass
+
+
+def parser_of(path, monkeypatch):
+    """The parser of a script, a module's command or a benchmark."""
+
+    def stop(parser, argv=None):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(cli.Parser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [path])
+    monkeypatch.syspath_prepend(str((ROOT / path).parent))
+    spec = importlib.util.spec_from_file_location("has_options", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "has_options", module)
+    spec.loader.exec_module(module)
+    with pytest.raises(Parsed) as parsed:
+        getattr(module, "parse_options", module.main)()
+    return parsed.value.args[0]
+
+
+def test_every_command_was_found():
+    assert {f"{name}.py" for name in ("train_pretrain", "train_finetune", "evaluate", "benchmarks/fuzz")} <= set(
+        HAVE_OPTIONS
+    )
+    assert {f"amaes/{name}.py" for name in ("predict", "demo", "preprocess/__main__", "phantom/__main__")} <= set(
+        HAVE_OPTIONS
+    )
+
+
+@pytest.mark.parametrize("path", HAVE_OPTIONS)
+def test_every_number_has_a_range(path, monkeypatch):
+    parser = parser_of(path, monkeypatch)
+    numeric = 0
+    for action in parser._actions:
+        kind = action.type or str
+        for text, (huge, part) in TEXTS.items():
+            with suppress(argparse.ArgumentTypeError, ValueError):
+                value = kind(text)
+                value = value[part] if isinstance(value, tuple) else value
+                if action.choices is not None or isinstance(value, str | Path):
+                    continue
+                numeric += 1
+                huge = "1e39" if kind is cli.learning_rate else huge  # float32 holds numbers up to 1e38
+                for beyond in (huge, "nan", "inf"):
+                    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+                        kind(beyond)
+                        pytest.fail(f"{path} {action.option_strings[0]} takes {beyond}")
+    assert numeric or not any(action.type in (int, float) for action in parser._actions)

@@ -96,6 +96,7 @@ _LIMITS = {  # of a range; any other range only has to be finite and ordered
     "gamma_low": (0.01, 100.0),
     "gamma_high": (0.01, 100.0),
 }
+FILL = 1e6  # the largest value outside the window
 # The transforms that read an option whose name does not start with theirs.
 _READERS = {
     "order": SPATIAL,
@@ -162,7 +163,10 @@ def _check(name: str, value: object, default: object) -> None:
     elif isinstance(default, bool):
         accepted, valid = "True, False", isinstance(value, bool)
     elif name == "fill":
-        accepted, valid = "'min' or a finite number", value == "min" or _is_number(value)
+        accepted, valid = (
+            f"'min' or a number in [{-FILL:g}, {FILL:g}]",
+            value == "min" or (_is_number(value) and abs(value) <= FILL),
+        )
     elif isinstance(default, tuple):
         low, high = _LIMITS.get(name, (-1e6, 1e6))
         whole = " whole" if isinstance(default[0], int) else ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from amaes.cli import Parser, non_negative_int, positive_float, positive_int, run, seed
-from amaes.phantom.scan import SIGNAL
+from amaes.cli import Parser, non_negative_int, positive_int, real, run, seed
+from amaes.phantom.scan import FOV, SIGNAL
 from amaes.phantom.write import write_phantoms
 
 
@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--subjects", type=positive_int, default=8, help="number of heads")
     parser.add_argument("--sequences", nargs="+", choices=list(SIGNAL), default=list(SIGNAL), help="scans of each head")
     parser.add_argument("--labels", action="store_true", help="also write label maps: 1 lesion, 2 ventricle")
-    parser.add_argument("--fov", type=positive_float, default=64.0, help="field of view, mm; 200 holds an adult head")
+    parser.add_argument("--fov", type=real(*FOV), default=64.0, help="field of view, mm; 200 holds an adult head")
     parser.add_argument("--first", type=non_negative_int, default=1, help="number of the first subject")
     parser.add_argument("--seed", type=seed, default=0, help="of the whole set")
     args = vars(parser.parse_args())

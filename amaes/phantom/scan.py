@@ -11,6 +11,7 @@ from amaes.phantom.head import Grid, Head, Waves
 from amaes.rng import stream
 
 LABELS = {0: "background", 1: "lesion", 2: "ventricle"}
+FOV = (32.0, 256.0)  # mm, smallest and largest field of view
 
 # In the order of painting; those from fluid on lie inside the skull.
 TISSUES = (
@@ -100,8 +101,8 @@ def phantom(
     """
     if sequence not in SIGNAL:
         raise ValueError(f"`sequence` {sequence!r} is unknown; accepted: {', '.join(SIGNAL)}")
-    if not 32 <= fov <= 256:
-        raise ValueError(f"`fov` is {fov:g} mm; accepted: 32 to 256")
+    if not FOV[0] <= fov <= FOV[1]:
+        raise ValueError(f"`fov` is {fov:g} mm; accepted: {FOV[0]:g} to {FOV[1]:g}")
     head = Head(stream(seed, 0, subject, "phantom-head"), fov, lesions)
     rng = stream(seed, list(SIGNAL).index(sequence), subject, "phantom-scan")
     affine, grid = _place(head, scanner, rng)

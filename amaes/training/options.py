@@ -29,7 +29,7 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
     for name, explanation in _ENCODER_OPTIONS.items():
         add(f"--{name}", choices=ENCODER_OPTIONS[name][1], help=explanation)
     add("--preset", choices=list(PRESETS), default="appendix_r1", help=_PRESET_HELP)
-    add("--lr", type=cli.positive_float, help="base learning rate of AdamW")
+    add("--lr", type=cli.learning_rate, help="base learning rate of AdamW")
     add("--batch-size", type=cli.batch, help="global batch: patches per step over all ranks")
     add("--weight-decay", type=cli.non_negative_float, help="weight decay of AdamW")
     add("--amsgrad", action=argparse.BooleanOptionalAction, help="AdamW divides by the largest second moment so far")
