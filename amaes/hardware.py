@@ -127,11 +127,17 @@ def saved_bytes(network: nn.Module, shape: Sequence[int]) -> int:
         nonlocal current
         current = 0
 
-    for stage in network.checkpoint_activations(False) if hasattr(network, "checkpoint_activations") else ():
-        stage.register_forward_pre_hook(begin)
-        stage.register_forward_hook(end)
+    stages = network.checkpointed_stages() if hasattr(network, "checkpointed_stages") else []
+    hooks = [stage.register_forward_pre_hook(begin) for stage in stages]
+    hooks += [stage.register_forward_hook(end) for stage in stages]
+    if stages:
+        network.checkpoint_activations(False)  # what a stage keeps while it runs shows when it runs as usual
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         network(torch.empty(tuple(shape), device="meta"))
+    if stages:
+        network.checkpoint_activations(True)
+    for hook in hooks:
+        hook.remove()
     return sums[0] + max(sums[1:], default=0)
 
 

@@ -90,6 +90,17 @@ def test_saved_bytes_equal_what_autograd_keeps():
     assert kept <= expected <= 1.15 * kept  # meta counts the decoder in two steps, the CPU fuses the finest of them
 
 
+def test_counting_saved_bytes_leaves_a_network_as_it_was():
+    shape = (1, 1, 32, 32, 32)
+    with torch.device("meta"):
+        network = build_autoencoder("unet_tiny")
+        everything = hardware.saved_bytes(network, shape)
+        network.checkpoint_activations()
+        of_stages = hardware.saved_bytes(network, shape)
+        assert hardware.saved_bytes(network, shape) == of_stages < everything
+    assert not any(stage._forward_hooks or stage._forward_pre_hooks for stage in network.checkpointed_stages())
+
+
 def test_micro_batches_shrink_until_they_fit(monkeypatch):
     with torch.device("meta"):
         network = build_autoencoder("unet_tiny")

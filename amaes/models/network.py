@@ -23,16 +23,14 @@ class Network(nn.Module):
         self.in_channels = in_channels
         self.stride = encoder.strides[-1]
 
-    def checkpoint_activations(self, on: bool = True) -> list[nn.Module]:
-        """Keep only the input of each stage for the backward pass, which runs it again: less memory, same numbers.
-
-        Returns:
-            The modules that were run that way before this call.
-        """
-        was_on = self.encoder.checkpoint_activations
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Keep only the input of each stage for the backward pass, which runs it again: less memory, same numbers."""
         self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = on
+
+    def checkpointed_stages(self) -> list[nn.Module]:
+        """The modules that the backward pass runs again; none where `checkpoint_activations` is off."""
         names = ("stages", "downs", "ups", "laterals")
-        parts = (self.encoder, self.decoder) if was_on else ()
+        parts = (self.encoder, self.decoder) if self.encoder.checkpoint_activations else ()
         return [module for part in parts for name in names for module in getattr(part, name, ())]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]:

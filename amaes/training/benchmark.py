@@ -158,11 +158,11 @@ def verdict(seconds: dict[str, float]) -> str:
     augmenting = (seconds["augmentation"] - seconds["network"]) / whole
     exchanging = (seconds["network"] - seconds.get("alone", seconds["network"])) / whole
     if reading > LARGE_SHARE:
-        return f"verdict: DATA-BOUND, {100 * reading:.0f} % waits for data: raise --workers, or use a local disk"
+        return f"verdict: DATA-BOUND, {100 * reading:.0f} % waits for data: raise `workers`, or use a local disk"
     if exchanging > LARGE_SHARE:
-        return f"verdict: {100 * exchanging:.0f} % exchanges gradients: raise --batch-size, or use a faster network"
+        return f"verdict: {100 * exchanging:.0f} % exchanges gradients: raise `batch_size`, or use a faster network"
     if augmenting > LARGE_SHARE:
-        return f"verdict: {100 * augmenting:.0f} % augments: --augment spatial, or order=1, is faster"
+        return f"verdict: {100 * augmenting:.0f} % augments: `augment` spatial is faster, and order=1 than order=3"
     return f"verdict: the network sets the pace, {min(100, 100 * seconds['network'] / whole):.0f} % of the step"
 
 
