@@ -168,7 +168,7 @@ def header_of_array(shape: Sequence[int], affine: np.ndarray, name: str = "array
     raw.set_xyzt_units("mm")
     raw["vox_offset"], raw["magic"] = raw.single_vox_offset, raw.single_magic
     stream = io.BytesIO(raw.binaryblock + bytes(4))
-    return parse_header(Path(name), stream, channels=1, strict=False, assume_ras=False, axes=None)
+    return parse_header(Path(name), stream, channels=1, strict=False, assume_ras=False, axes=None, verify=False)
 
 
 def _raw_header(path: Path, stream: BinaryIO) -> tuple[nib.Nifti1Header, int]:
