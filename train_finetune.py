@@ -51,34 +51,14 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fold", default="all", metavar="K|all", help="the fold to train, counted from 0")
     add("--steps", type=cli.positive_int, default=2500, help="optimizer steps of each fold")
     options.add_model_options(parser, arch="unet_xl")
+    options.add_rate_options(parser)
     options.add_run_options(parser, out="runs/finetune", save_every=250)
     args = options.parse(parser, "finetune", argv)
-    refuse_contradictions(parser, args)
+    of_protocol = {"folds": FOLDS, "train_cases": TRAIN_CASES, "split_seed": 0}
+    options.refuse_finetune_contradictions(parser, args, of_protocol)
     args.augment = args.augment or ("all" if args.weights == SCRATCH else "spatial")
     args.fold = args.fold if args.fold == "all" else str(int(args.fold))
     return args
-
-
-def refuse_contradictions(parser: cli.Parser, args: argparse.Namespace) -> None:
-    scratch = args.weights == SCRATCH
-    for name in ("pretrain_data", "strict_leakage", "near_duplicates"):
-        if getattr(args, name) and scratch:
-            parser.error(f"--{name.replace('_', '-')}: accepted with --weights CKPT, scratch has seen nothing")
-    if args.transfer == "all" and scratch:
-        parser.error("--transfer all: accepted with --weights CKPT")
-    if args.allow_incomplete and args.protocol is None:
-        parser.error("--allow-incomplete: accepted with --protocol")
-    for name, value in (("folds", FOLDS), ("train_cases", TRAIN_CASES), ("split_seed", 0)):
-        if args.protocol is not None and getattr(args, name) != value:
-            given = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            parser.error(f"{given}: --protocol {args.protocol} has {value}; leave one out")
-    if args.fold != "all" and not (args.fold.isdecimal() and int(args.fold) < args.folds):
-        parser.error(f"--fold {args.fold}: accepted: all, or 0 to {args.folds - 1} (--folds {args.folds})")
-    if args.fold != "all" and args.overwrite:
-        folder = f"{args.out}/fold{int(args.fold)}"
-        parser.error(f"--overwrite --fold {args.fold}: would delete all folds; delete {folder} instead")
-    if not scratch and Path(args.weights).resolve().is_relative_to(args.out.resolve()):
-        parser.error(f"--weights {args.weights}: lies in --out {args.out}; take another --out")
 
 
 if __name__ == "__main__":
@@ -98,8 +78,9 @@ from amaes.files import sha256, write_json
 from amaes.models import build_network
 from amaes.objectives.supervised import SupervisedSegmentation
 from amaes.paper.protocols import check_store, saved_folds
+from amaes.training import verdict
 from amaes.training.checks import check_batch, check_patch_size, describe_batch
-from amaes.training.optim import build_optimizer, optimizer_step, set_lr, stretched_cosine
+from amaes.training.optim import FinetuneRates, build_optimizer, optimizer_step
 from amaes.training.progress import Progress
 from amaes.training.run_folder import RunFolder
 from amaes.training.stopping import Stop
@@ -189,12 +170,15 @@ def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distribute
         taken = checkpoint.load_encoder(network, Path(args.weights), args.stem, args.allow_partial, args.transfer)
         log(f"encoder from {args.weights}:\n{taken.table()}")
     network.to(ranks.device)
-    optimizer = build_optimizer(network.parameters(), args.lr, args.weight_decay, args.amsgrad)
+    warmup = {"warmup": round(args.warmup * args.steps), "decoder_warmup": args.decoder_warmup}
+    rates = FinetuneRates(args.lr, args.steps, **warmup, encoder=args.encoder_lr, freeze=args.freeze)
+    optimizer = build_optimizer(rates.groups(network), args.lr, args.weight_decay, args.amsgrad)
     if ranks.is_main:
         write_json(folder.path / "config.json", split)
     step = folder.load_newest(network, optimizer, log)
     model = distributed.wrap(network, ranks, run.compiler)
-    log(f"{args.arch}, {args.decoder} decoder, {sum(p.numel() for p in network.parameters()):,} parameters")
+    count = sum(p.numel() for p in network.parameters())
+    log(f"{args.arch}, {args.decoder} decoder, {count:,} parameters{rates.remark()}")
 
     train = [store.index(id) for id in split["train"]]
     spare = train if args.on_bad_case == "skip" else None
@@ -202,14 +186,14 @@ def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distribute
     patches = Patches(store, **sizes, seed=args.seed, replace_by=spare, **objective.reading)
     order = Batches(train, share, seed=args.seed, start=step, stop=args.steps, drop_last=False)
     batches = training_batches(patches, order, workers=args.workers, ranks=ranks, log=log)
-    progress = Progress(folder.path, ranks, network, order, store, objective.draw, args.log_every)
+    dice = verdict.TrainingDice(store.num_classes, ranks.device)
+    progress = Progress(folder.path, ranks, network, order, store, objective.draw, args.log_every, dice.read)
     clock = progress.clock
     stop.saved()
     network.train()
     while step < args.steps and not stop.agreed:
         clock.start()  # what comes between steps does not count
-        lr = stretched_cosine(step, args.lr, args.steps)
-        set_lr(optimizer, lr)
+        lr = rates.set(optimizer, step)
         optimizer.zero_grad(set_to_none=True)
         for micro in range(share.accumulate):
             batch = next(batches)
@@ -222,6 +206,7 @@ def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distribute
                 losses = objective.losses(outputs, targets)
                 (sum(losses.values()) / share.accumulate).backward()
             progress.add(losses, batch["bad"])
+            dice.add(outputs, targets[0])
             clock.lap("forward_backward")
         skipped = optimizer_step(optimizer, network, args.on_nan)
         clock.lap("optimizer")
@@ -234,6 +219,8 @@ def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distribute
     progress.close()
     if stop.agreed:
         raise KeyboardInterrupt(f"saved at step {step}; the same command continues")
+    if ranks.is_main:
+        log(verdict.of_finetuning(folder.path / "metrics.jsonl", {0: "background"} | store.labels))
 
 
 def splits_of(store: Store, args: argparse.Namespace) -> list[dict[str, list[str]]]:

@@ -68,7 +68,7 @@ from amaes.data.store import Store
 from amaes.mask import check_mask_ratio
 from amaes.models import build_network
 from amaes.pictures import check_matplotlib
-from amaes.training import benchmark
+from amaes.training import benchmark, verdict
 from amaes.training.checks import check_batch, check_patch_size, describe_batch
 from amaes.training.optim import build_optimizer, optimizer_step, set_lr, warmup_cosine
 from amaes.training.panels import draw_panels
@@ -141,6 +141,8 @@ def main(args: argparse.Namespace) -> int:
     if published := remark(vars(args)):
         log(published)
     log(f"{args.objective}: {len(data.train)} volumes to train on, {len(data.validation)} to validate on")
+    if few := verdict.few_volumes(len(data.validation)):
+        log(f"WARNING: {few}")
     if objective.views > 1 and run.share.of_micro_step < 2:
         log("WARNING: one patch per rank and micro-step: the contrastive loss is 0, there is nothing to tell it from")
 
@@ -251,6 +253,8 @@ def train(args, run: Run, ranks, folder: RunFolder, network: nn.Module, model: C
     if step < run.steps or (run.validates_after(step) and progress.validated != step):
         raise KeyboardInterrupt(f"saved at step {step}; the same command continues")
     log(f"done: {folder.path}/checkpoints/step-{run.steps}.pt")
+    if ranks.is_main:
+        log(verdict.of_pretraining(folder.path / "metrics.jsonl", objective.trivial, vars(args)))
 
 
 def measure(args, run: Run, ranks, on_meta: nn.Module, model: Callable, optimizer, log: Callable) -> None:

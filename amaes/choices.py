@@ -11,6 +11,7 @@ SPLIT_BY = ("subject", "volume")  # what stays on one side of a split
 MERGINGS = ("legacy", "fixed", "v2")  # order of the sub-grids in patch merging of Swin encoders
 GRN_DIVISORS = ("mean", "sum")  # what global response normalisation of MedNeXt-v2 divides by, over the channels
 STEMS = ("repeat", "random")  # weights of the first convolution where the number of input channels differs
+FREEZES = ("encoder",)  # what keeps its weights in fine-tuning
 TRANSFERS = ("encoder", "all")  # what fine-tuning takes from a checkpoint
 ON_ERROR = ("stop", "skip")  # a step that is not finite, a case that cannot be read
 EMPTY = ("nan", "one")  # score of a class that neither map has

@@ -92,6 +92,7 @@ class Progress:
         store: of the cases.
         draw: of the objective; with `order` and `store` it describes a step whose loss is not finite.
         log_every: steps between lines.
+        measure: further values for a line; all ranks call it together.
 
     Attributes:
         clock: for the parts of a step.
@@ -107,9 +108,10 @@ class Progress:
         store: Store | SeveralStores,
         draw: Callable[..., object],
         log_every: int,
+        measure: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self._folder, self._ranks, self._network, self._log_every = folder, ranks, network, log_every
-        self._order, self._store, self._draw = order, store, draw
+        self._order, self._store, self._draw, self._measure = order, store, draw, measure
         self._start, self._total = order.start, order.stop
         self._step = self._last_line = order.start
         self._names: list[str] = []  # of the terms of the loss
@@ -174,11 +176,12 @@ class Progress:
         self._bad_everywhere = sum(distributed.gather_from_ranks(self._bad), Counter())
         parts = self.clock.read()
         speed = 1000 * self._order.share.batch_size / parts["wall"]
-        loss = sum(terms.values())
+        loss, measured = sum(terms.values()), self._measure()
         self._append(
             step=self._step,
             loss=loss,
             **({f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}),
+            **measured,
             lr=lr,
             grad_norm=norm,
             patches_per_s=speed,
@@ -251,10 +254,10 @@ class Progress:
             tqdm.write(f"step {self._step} of {self._total}: {line}")
             self._logged_at = time.monotonic()
 
-    def write_validation(self, loss: float, baseline: float, trivial: str) -> None:
-        """Write and log the loss of a validation, and that of a trivial prediction (`trivial`: of what)."""
+    def write_validation(self, loss: float, baseline: float, trivial: str, volumes: int) -> None:
+        """Write and log the loss of a validation of so many volumes, and that of predicting what `trivial` names."""
         self.validated = self._step
-        self._append(step=self._step, val_loss=loss, val_baseline=baseline)
+        self._append(step=self._step, val_loss=loss, val_baseline=baseline, val_volumes=volumes)
         if self._ranks.is_main:
             tqdm.write(f"step {self._step}: validation loss {loss:.5f} (predicting {trivial}: {baseline:.5f})")
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from amaes.training.progress import Progress
     from amaes.training.stopping import Stop
 
-ENOUGH = 5  # validation volumes: below, one unusual scan decides
-
 
 @torch.no_grad()
 def validate(
@@ -64,4 +62,4 @@ def validate(
     if stopped:
         stop.agreed = True
     else:
-        progress.write_validation(loss / count, baseline / count, objective.trivial)
+        progress.write_validation(loss / count, baseline / count, objective.trivial, round(count))

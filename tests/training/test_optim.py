@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from amaes.training.optim import build_optimizer, set_lr, stretched_cosine, warmup_cosine
+from amaes.training.optim import FinetuneRates, build_optimizer, optimizer_step, set_lr, stretched_cosine, warmup_cosine
 from amaes.training.presets import PRESETS, hyperparameters
 
 
@@ -60,3 +60,52 @@ def test_optimizer_takes_the_published_settings():
     weight.grad = torch.zeros(3)
     optimizer.step()
     assert torch.allclose(weight, torch.full((3,), 1 - 0.5 * 0.1))  # decoupled decay alone
+
+
+# Encoder and decoder --------------------------------------------------------------------------------------------------
+
+
+def two_layers():
+    network = torch.nn.Sequential()
+    network.encoder, network.decoder = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
+    network.forward = lambda x: network.decoder(network.encoder(x))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, [[1, 1, 1, 1]]),
+        ({"warmup": 2}, [[0.001, 0.5005, 1, 1]]),
+        ({"encoder": 0.1}, [[1, 1, 1, 1], [0.1, 0.1, 0.1, 0.1]]),
+        ({"decoder_warmup": 2}, [[1, 1, 1, 1], [0, 0, 1, 1]]),
+        ({"decoder_warmup": 1, "warmup": 2, "encoder": 0.1}, [[0.001, 0.5005, 1, 1], [0, 0.0001, 0.05005, 0.1]]),
+        ({"freeze": "encoder"}, [[1, 1, 1, 1]]),
+    ],
+)
+def test_rates_of_fine_tuning_by_group(given, expected):
+    rates = FinetuneRates(base=1.0, steps=10**6, **given)
+    optimizer = build_optimizer(rates.groups(two_layers()), 1.0, 0.0, False)
+    assert len(optimizer.param_groups) == len(expected)
+    for step, of_groups in enumerate(zip(*expected, strict=True)):
+        assert rates.set(optimizer, step) == pytest.approx(of_groups[0], rel=1e-6)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(of_groups, rel=1e-6)
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+@pytest.mark.parametrize("given", [{"decoder_warmup": 2}, {"freeze": "encoder"}])
+def test_a_frozen_encoder_stays_as_it_is_and_begins_afresh(given, on_nan):
+    network = two_layers()
+    before = network.encoder.weight.clone()
+    rates = FinetuneRates(base=0.1, steps=10, **given)
+    optimizer = build_optimizer(rates.groups(network), 0.1, 0.5, True)
+    for step in range(3):
+        decoder = network.decoder.weight.clone()
+        rates.set(optimizer, step)
+        optimizer.zero_grad(set_to_none=True)
+        network(torch.ones(4, 2)).sum().backward()
+        optimizer_step(optimizer, network, on_nan)
+        assert not torch.equal(network.decoder.weight, decoder)
+        assert torch.equal(network.encoder.weight, before) == (step < 2 or "freeze" in given)
+    if "freeze" not in given:
+        assert optimizer.state[network.encoder.weight]["step"] == 1  # no moments from before

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 
@@ -47,7 +48,7 @@ def test_pretraining_writes_what_the_contract_says(pretrained, store):
         "gb",
     } <= set(losses[0])
     assert losses[-1]["loss"] < losses[0]["loss"]
-    assert '"val_loss"' in (pretrained / "metrics.jsonl").read_text()
+    assert '"val_volumes": 1' in (pretrained / "metrics.jsonl").read_text()
     config = json.loads((pretrained / "config.json").read_text())
     assert config["options"]["arch"] == "unet_tiny"
     splits = json.loads((store / "splits.json").read_text())["splits"]
@@ -142,6 +143,46 @@ def test_scratch_and_fine_tuning_start_from_the_same_decoder(pretrained, store, 
     assert "decoder.heads.4.weight" in weights(tmp_path / "b" / "fold1")[1]
 
 
+@pytest.mark.parametrize("how", [("--decoder-warmup", 3, "--encoder-lr", 1e-4), ("--freeze", "encoder")])
+def test_fine_tuning_continues_within_its_warmup_to_the_same_weights(pretrained, store, tmp_path, how):
+    path = pretrained / "checkpoints" / "step-8.pt"
+    given = ("--weights", path, "--fold", 0, "--warmup", 0.5, "--save-every", 1, "--keep", 9, "--augment", "none", *how)
+    done = run("train_finetune.py", *finetune_options(store, tmp_path / "whole", *given, steps=5))
+    assert "encoder frozen" in done.stdout + done.stderr
+    assert "training Dice" in done.stdout + done.stderr
+    folders = [tmp_path / name / "fold0" for name in ("whole", "killed")]
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for step in (3, 4, 5):  # as if killed while the encoder was frozen
+        (folders[1] / "checkpoints" / f"step-{step}.pt").unlink()
+    run("train_finetune.py", *finetune_options(store, tmp_path / "killed", *given, steps=5))
+    assert_equal_weights(*folders)
+    assert all("dice" in line and "dice_2" in line for line in lines_of(folders[0]))
+    first, last = [torch.load(folders[0] / "checkpoints" / f"step-{step}.pt")["model"] for step in (3, 5)]
+    before = torch.load(path)["model"]
+    for name in (name for name in first if name.startswith("encoder.")):
+        assert torch.equal(first[name], before[name])
+        assert torch.equal(last[name], before[name]) == ("--freeze" in how)
+
+
+def test_a_warmup_of_the_decoder_is_the_same_with_two_ranks(pretrained, store, tmp_path):
+    given = (
+        "--weights",
+        pretrained / "checkpoints" / "step-8.pt",
+        "--fold",
+        0,
+        "--decoder-warmup",
+        2,
+        "--log-every",
+        1,
+    )
+    given = (*given, "--augment", "none")
+    run("train_finetune.py", *finetune_options(store, tmp_path / "one", *given))
+    run("train_finetune.py", *finetune_options(store, tmp_path / "two", *given), ranks=2)
+    one, two = [lines_of(tmp_path / name / "fold0") for name in ("one", "two")]
+    for name in ("loss", "dice", "grad_norm"):
+        assert [line[name] for line in two][:3] == pytest.approx([line[name] for line in one][:3], rel=1e-3)
+
+
 def test_the_same_command_does_nothing_once_it_is_done(store, tmp_path):
     options = finetune_options(store, tmp_path / "run", "--fold", 0, steps=1)
     run("train_finetune.py", *options)
@@ -172,6 +213,12 @@ def test_the_same_command_does_nothing_once_it_is_done(store, tmp_path):
             "train_finetune.py",
             ("--patch-size", "1600", "--train-cases", "3"),
             "--patch-size 1600 1600 1600: one patch takes about",
+        ),
+        ("train_finetune.py", ("--decoder-warmup", "1"), "--decoder-warmup 1: accepted: below --steps 1; --freeze"),
+        (
+            "train_finetune.py",
+            ("--freeze", "encoder", "--encoder-lr", "1"),
+            "--freeze encoder: the encoder is not trained, --encoder-lr says how it is",
         ),
         ("train_finetune.py", ("--fold", "6"), "--fold 6: accepted: all, or 0 to 5"),
         ("train_finetune.py", ("--fold", "0", "--overwrite"), "--overwrite --fold 0: would delete all folds"),
