@@ -179,8 +179,9 @@ def draw_data(path: Path, work: Path) -> None:
         gamma_inversion=np.array([[False]]),
     )
     augmented, target = objective.augment(window, draws)
-    seen = apply_mask(augmented, token_mask(augmented, **MASK, keys=rng.keys(0, [0], [case], "mask")))
-    rebuilt = rebuild(network, seen)
+    mask = token_mask(augmented, **MASK, keys=rng.keys(0, [0], [case], "mask"))
+    seen = apply_mask(augmented, mask)
+    rebuilt = objective.panels(seen, rebuild(network, seen), (target, mask))["rebuilt"]
     sides = " x ".join(f"{mm:g}" for mm in header.spacing)
     raw = middle_slices(stored / np.quantile(stored, 0.99), header.spacing, pixel=0.5)[0]
     panels = [
