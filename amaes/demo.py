@@ -2,20 +2,24 @@
 
     python -m amaes.demo --out runs/demo
 
-Runs the commands that a user would type, prints each of them, and ends with the table of `evaluate`: an encoder from
-pretraining beside one from scratch, everything else equal. Synthetic heads, a tiny network and a minute of pretraining
-show that the chain works. They do not show what pretraining is worth on patients.
+Runs the commands that a user would type, prints each of them, and ends with the table of `evaluate` and a line that
+says whether pretraining gained anything here: an encoder from pretraining beside one from scratch, on few labelled
+heads, everything else equal. Synthetic heads, a tiny network and a minute of pretraining show that the chain works, not
+what pretraining is worth on patients. With matplotlib it draws what was rebuilt and what was predicted.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from amaes.__main__ import COMMANDS, find_script, is_installed
@@ -23,6 +27,7 @@ from amaes.choices import DEVICES
 from amaes.cli import Parser, folds, positive_int, run, seed
 
 TAIL = 20  # lines of a failed step that are shown
+TRAIN_CASES = 4  # labelled heads of a fold
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,10 +47,11 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
     """The command lines, by name, in order. The runs are short: high learning rates, nothing compiled."""
     out, seed, device = shlex.quote(str(args.out)), args.seed, args.device
     command = {name: shlex.join(start_of(name)) for name in COMMANDS}
+    pictures = "--panels-every 1000" if find_spec("matplotlib") else ""  # epochs: at the end alone
     network = f"--arch unet_tiny --seed {seed} --device {device} --workers 0 --compile off"
     finetune = (
         f"{command['finetune']} --data {out}/stores/lesions {network} --patch-size 32 --batch-size 2 "
-        f"--lr 1e-2 --steps {args.finetune_steps} --folds {args.folds} --train-cases 8 --augment spatial"
+        f"--lr 1e-2 --steps {args.finetune_steps} --folds {args.folds} --train-cases {TRAIN_CASES} --augment spatial"
     )
     lines = {
         "draw-unlabelled": f"{command['phantom']} --out {out}/scans/unlabelled --subjects 12 --first 101 "
@@ -57,13 +63,73 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
         "preprocess-lesions": f"{command['preprocess']} --images {out}/scans/lesions/images "
         f"--labels {out}/scans/lesions/labels --out {out}/stores/lesions",
         "pretrain": f"{command['pretrain']} --data {out}/stores/unlabelled {network} --patch-size 48 "
-        f"--batch-size 4 --lr 2e-3 --steps {args.pretrain_steps} --out {out}/pretrain",
+        f"--batch-size 4 --lr 2e-3 --crop patch --val-fraction 0.2 --val-every 40 {pictures} "
+        f"--steps {args.pretrain_steps} --out {out}/pretrain",
         "finetune-scratch": f"{finetune} --weights scratch --out {out}/scratch",
         "finetune-pretrained": f"{finetune} --weights {out}/pretrain/checkpoints/step-{args.pretrain_steps}.pt "
         f"--out {out}/pretrained",
         "evaluate": f"{command['evaluate']} {out}/scratch {out}/pretrained --device {device}",
     }
     return {name: shlex.split(line) for name, line in lines.items()}
+
+
+def finished(args: argparse.Namespace) -> list[str]:
+    """What has come out: the verdicts of pretraining and of the comparison, and the pictures, a line each."""
+    lines = [(args.out / "logs" / "5-pretrain.log").read_text().rstrip().splitlines()[-1]]
+    runs = {name: args.out / name for name in ("scratch", "pretrained")}
+    dice = [json.loads((run / "summary.json").read_text())["dice"]["folds"] for run in runs.values()]
+    lines.append(gain(*dice))
+    if find_spec("matplotlib"):
+        path = args.out / "predictions.png"
+        draw_predictions(path, args.out / "scans" / "lesions", {name: run / "fold0" for name, run in runs.items()})
+        lines.append(f"pictures: {args.out}/pretrain/panels/step-{args.pretrain_steps}.png, {path}")
+    return lines
+
+
+def gain(scratch: list[float | None], pretrained: list[float | None]) -> str:
+    """One line: whether the pretrained encoder was ahead; Dice of the folds, in [0, 1], None where there is none."""
+    pairs = [(a, b) for a, b in zip(scratch, pretrained, strict=True) if a is not None and b is not None]
+    differences = [100 * (b - a) for a, b in pairs]
+    if not differences:
+        return "no fold of both has a Dice: nothing to compare"
+    mean, ahead = sum(differences) / len(differences), sum(d > 0 for d in differences)
+    shown = f"{mean:+.1f} points of Dice ({', '.join(f'{d:+.1f}' for d in differences)})"
+    if mean <= 0:
+        return f"NO gain from pretraining here: {shown} against scratch"
+    if ahead < len(differences):
+        of_all = f"ahead in {ahead} of {len(differences)} folds"
+        return f"NO clear gain from pretraining here: {shown} against scratch, {of_all}"
+    return f"pretraining was ahead of scratch in every fold: {shown}"
+
+
+def draw_predictions(path: Path, scans: Path, folds: Mapping[str, Path], count: int = 3) -> None:
+    """Write test scans with the outlines of the reference and of what each network found, in the slice with most label.
+
+    Args:
+        path: of the PNG file.
+        scans: folder with `images` and `labels`.
+        folds: evaluated folders of a fold, by caption; cases that all of them tested are drawn.
+        count: scans.
+    """
+    import nibabel as nib
+    import numpy as np
+
+    from amaes.pictures import Panel, Row, write_sheet
+
+    def volume(folder: Path, name: str) -> np.ndarray:
+        return np.asarray(nib.as_closest_canonical(nib.load(folder / f"{name}.nii.gz")).dataobj)
+
+    tested = [json.loads((fold / "results.json").read_text())["cases"] for fold in folds.values()]
+    rows = []
+    for name in sorted(set.intersection(*({case["case"] for case in cases} for cases in tested)))[:count]:
+        image, label = volume(scans / "images", name), volume(scans / "labels", name)
+        found = {caption: volume(fold / "predictions", name) for caption, fold in folds.items()}
+        height = int(np.argmax((label == 1).sum(axis=(0, 1))))
+        grey = image[:, ::-1, height].T / np.quantile(image, 0.995)
+        outlines = {"scan": None, "reference": label, **found}
+        panels = [Panel(grey, caption, None if o is None else o[:, ::-1, height].T) for caption, o in outlines.items()]
+        rows.append(Row(name, panels))
+    write_sheet(path, "Test heads: lesion (orange) and ventricle (blue)", rows, zoom=4)
 
 
 def start_of(name: str) -> list[str]:
@@ -129,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"{name}: status {status} after {seconds[name]:.0f} s; its output is in {log}\n")
             return status if status > 0 else 128 - status  # a signal, counted as shells do
         say(f"  {seconds[name]:.1f} s\n")
+    say("\n".join(finished(args)) + "\n")
     say("The fine-tunings differ in --weights and --out alone. The commands that made the table, and their seconds:\n")
     say("\n".join(f"{printed(command)}  # {seconds[name]:.0f} s" for name, command in todo.items()))
     say(f"\n{sum(seconds.values()):.0f} s in all. Everything is in {args.out}; the same command again uses it.")

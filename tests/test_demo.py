@@ -1,15 +1,18 @@
 """The demo: commands as a user types them, and what happens when one of them fails. The whole demo takes minutes."""
 
+import json
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from amaes import __main__ as main_module
-from amaes import demo
+from amaes import demo, pictures
+from tests.conftest import save_nifti
 
 ROOT = Path(demo.__file__).resolve().parent.parent
 
@@ -122,14 +125,60 @@ def test_the_status_is_that_of_the_failed_step(monkeypatch, capfd, tmp_path, end
 def test_a_good_run_shows_the_table_and_ends_with_the_commands(monkeypatch, capfd, tmp_path):
     steps = {"work": python("print('qui' + 'et')"), "evaluate": python("print('Dice ' + '0.5')")}
     monkeypatch.setattr(demo, "steps", lambda args: steps)
+    monkeypatch.setattr(demo, "finished", lambda args: ["so it came out"])
     assert demo.main(["--out", str(tmp_path)]) == 0
     out = capfd.readouterr().out
     assert "[1/2] work\n$ " in out
     assert "quiet" not in out
     assert out.count("Dice 0.5\n") == 1
+    assert out.index("Dice 0.5\n") < out.index("so it came out\n")
     for command in steps.values():
         assert out.count(demo.printed(command)) == 2  # before it runs, and in the list at the end
     assert out.index("Dice 0.5\n") > out.index("[2/2] evaluate")  # not overtaken by buffered output
+
+
+@pytest.mark.parametrize(
+    ("scratch", "pretrained", "said"),
+    [
+        ([0.5, 0.6], [0.52, 0.61], "pretraining was ahead of scratch in every fold: +1.5 points of Dice (+2.0, +1.0)"),
+        ([0.5, 0.6], [0.55, 0.58], "NO clear gain from pretraining here: +1.5 points of Dice (+5.0, -2.0) against"),
+        ([0.5, 0.6], [0.5, 0.58], "NO gain from pretraining here: -1.0 points"),
+        ([0.5, None], [0.5, 0.58], "NO gain from pretraining here: +0.0 points of Dice (+0.0) against"),
+        ([None], [None], "no fold of both has a Dice"),
+    ],
+)
+def test_it_says_plainly_whether_pretraining_gained(scratch, pretrained, said):
+    assert demo.gain(scratch, pretrained).startswith(said)
+
+
+def test_the_end_has_the_verdict_and_draws_what_all_networks_tested(monkeypatch, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "5-pretrain.log").write_text("step 1\nvalidation is 40 % below\n")
+    label = np.zeros((8, 10, 12), np.uint8)
+    label[2:5, 3:6, 7], label[6:, 7:, 7] = 1, 2
+    for name in ("case1", "case2"):
+        for folder, data in {
+            "scans/lesions/images": label + 0.5,
+            "scans/lesions/labels": label,
+            "scratch/fold0/predictions": label,
+            "pretrained/fold0/predictions": label,
+        }.items():
+            save_nifti(tmp_path / folder / f"{name}.nii.gz", data, np.eye(4))
+    for run, cases in {"scratch": ["case1", "case2"], "pretrained": ["case2"]}.items():
+        (tmp_path / run / "summary.json").write_text(json.dumps({"dice": {"folds": [0.5]}}))
+        (tmp_path / run / "fold0" / "results.json").write_text(json.dumps({"cases": [{"case": c} for c in cases]}))
+    drawn = []
+    monkeypatch.setattr(pictures, "write_sheet", lambda path, heading, rows, zoom: drawn.extend(rows))
+    monkeypatch.setattr(demo, "find_spec", lambda name: True)
+    verdict, gained, painted = demo.finished(demo.parse_options(["--out", str(tmp_path)]))
+    assert (verdict, gained[:7]) == ("validation is 40 % below", "NO gain")
+    assert f"{tmp_path}/predictions.png" in painted
+    (row,) = drawn
+    assert row.title == "case2"
+    assert [panel.caption for panel in row.panels] == ["scan", "reference", "scratch", "pretrained"]
+    assert np.array_equal(row.panels[1].label, label[:, ::-1, 7].T)
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    assert len(demo.finished(demo.parse_options(["--out", str(tmp_path)]))) == 2
 
 
 def test_without_the_scripts_it_says_what_is_missing(monkeypatch, tmp_path):
