@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amaes import cli
-from amaes.augment.options import PRESETS
+from amaes.augment.options import PRETRAIN_PRESETS
 from amaes.choices import SPLIT_BY
 from amaes.objectives import OBJECTIVES, Objective, options_of
 from amaes.training import options
@@ -28,7 +28,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", nargs="+", default=["demo"], metavar="STORE", help=explanation)
     add("--val-fraction", type=cli.fraction, default=0.01, help="share of the volumes kept for validation")
     add("--split-by", choices=SPLIT_BY, default="subject", help="what stays on one side of that split")
-    add("--augment", choices=list(PRESETS), default="all", help="transforms; intensities change in the input alone")
+    explanation = "transforms; those of intensities change the input, not the target"
+    add("--augment", choices=list(PRETRAIN_PRESETS), default="all", help=explanation)
     options.add_augment_options(add)
     options.add_objective_options(parser)
     length = parser.add_argument_group("length")

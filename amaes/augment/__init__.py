@@ -15,7 +15,7 @@ from amaes.lazy import exports
 
 if TYPE_CHECKING:
     from amaes.augment.draws import Draws
-    from amaes.augment.options import FINETUNE_PRESETS, PRESETS, Options
+    from amaes.augment.options import FINETUNE_PRESETS, PRETRAIN_PRESETS, Options
     from amaes.augment.pipeline import FinetuneAugment, PretrainAugment, check_finite
     from amaes.augment.spatial import window_size
 
@@ -23,7 +23,7 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "draws": ("Draws",),
-        "options": ("FINETUNE_PRESETS", "PRESETS", "Options"),
+        "options": ("FINETUNE_PRESETS", "PRETRAIN_PRESETS", "Options"),
         "pipeline": ("FinetuneAugment", "PretrainAugment", "check_finite"),
         "spatial": ("window_size",),
     },

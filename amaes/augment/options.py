@@ -24,7 +24,7 @@ INTENSITY = (
     "gamma",
 )
 TRANSFORMS = (*SPATIAL, "mirror", *INTENSITY)  # mirror is in no preset: a probability switches it on
-PRESETS = {"all": (*SPATIAL, *INTENSITY), "spatial": SPATIAL, "none": ()}
+PRETRAIN_PRESETS = {"all": (*SPATIAL, *INTENSITY), "spatial": SPATIAL, "none": ()}
 FINETUNE_PRESETS = {"all": (*SPATIAL, *INTENSITY), "spatial": ("rotation", "scale"), "none": ()}
 CHOICES = {"order": (1, 3), "window": WINDOWS, "gibbs": ("scaled", "absolute"), "bias": ("official", "exp")}
 

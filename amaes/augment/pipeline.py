@@ -28,7 +28,7 @@ from amaes.augment.intensity import (
     voxel_noise,
 )
 from amaes.augment.kspace import ghosting, gibbs_ringing
-from amaes.augment.options import FINETUNE_PRESETS, PRESETS, SPATIAL, Options, preset_options
+from amaes.augment.options import FINETUNE_PRESETS, PRETRAIN_PRESETS, SPATIAL, Options, preset_options
 from amaes.rng import uniform
 
 _ALIASES = {"basic": "spatial"}  # name on the command line of the published code
@@ -89,7 +89,7 @@ def check_finite(window: torch.Tensor, name: str = "window") -> None:
 class _Augment:
     """What pretraining and fine-tuning share."""
 
-    presets = PRESETS
+    presets = PRETRAIN_PRESETS
     defaults = Options()
 
     def __init__(self, patch_size: Sequence[int], preset: str, seed: int = 0, **options: object) -> None:

@@ -75,9 +75,9 @@ class Objective(Protocol):
         """What a person should look at, (B, 1, X, Y, Z) in [0, 1], by caption."""
 
 
-# By name. The arguments that all have: patch_size; seed of every draw; augment, a name of `amaes.augment.PRESETS`;
-# augment_options, fields of `amaes.augment.Options`. The keyword-only ones are the objective's options: what stands
-# here is the default of the command line.
+# By name. The arguments that all have: patch_size; seed of every draw; augment, a name of
+# `amaes.augment.PRETRAIN_PRESETS`; augment_options, fields of `amaes.augment.Options`. The keyword-only ones are the
+# objective's options: what stands here is the default of the command line.
 
 
 def _amaes(

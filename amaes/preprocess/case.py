@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from amaes.preprocess import normalize, resample
-from amaes.preprocess.config import FORMAT, IGNORED, Config
+from amaes.preprocess.config import CASE_FORMAT, IGNORED, Config
 from amaes.preprocess.nifti_header import Header, RejectedInput
 from amaes.preprocess.read_case import Channel, channels_of_array, check_corpus, read_channels, read_label
 
@@ -126,7 +126,7 @@ def _prepared(
         target, label_properties = _label_array(label, grid, config, warnings, classes=classes)
     image, intensity = _image_array(members, grid, config, warnings)
     properties = {
-        "format": FORMAT,
+        "format": CASE_FORMAT,
         **named,
         **_geometry(grid.header),
         "crop_box": grid.box,

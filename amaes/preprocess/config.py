@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-FORMAT = "amaes-preproc-1"  # of the properties of a case; a new one where the same settings give other arrays
+CASE_FORMAT = "amaes-preproc-1"  # of the properties of a case; a new one where the same settings give other arrays
 STORE_FORMAT = "amaes-store-1"  # of a store's dataset.json
 PLACEHOLDER = re.compile(r"label_\d+")  # the name of a label value that has none
 CHOICES = {
@@ -124,7 +124,7 @@ class Config:
     def hash(self) -> str:
         """16 hexadecimal digits that differ where arrays may differ."""
         settings = {name: value for name, value in self.settings().items() if ADDED.get(name, "") != value}
-        text = json.dumps([FORMAT, settings], sort_keys=True)
+        text = json.dumps([CASE_FORMAT, settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -105,7 +105,7 @@ def test_options_that_nothing_reads_are_refused(options, message):
 def test_options_and_help_need_no_torch():
     code = """
 import sys
-from amaes.augment import PRESETS, Options
+from amaes.augment import PRETRAIN_PRESETS, Options
 from amaes.augment.__main__ import parse_options
 try:
     parse_options(["--help"])

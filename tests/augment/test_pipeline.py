@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from amaes.augment import FINETUNE_PRESETS, PRESETS, Draws, FinetuneAugment, PretrainAugment, check_finite
+from amaes.augment import FINETUNE_PRESETS, PRETRAIN_PRESETS, Draws, FinetuneAugment, PretrainAugment, check_finite
 from amaes.augment.options import INTENSITY, SPATIAL
 from amaes.augment.spatial import centre_crop
 
@@ -156,7 +156,7 @@ def test_summary_names_what_is_on(augment):
 
 
 def test_presets():
-    assert set(PRESETS) == set(FINETUNE_PRESETS) == {"all", "spatial", "none"}
+    assert set(PRETRAIN_PRESETS) == set(FINETUNE_PRESETS) == {"all", "spatial", "none"}
     assert PretrainAugment((128, 128, 128)).window_size == (182, 182, 182)
     assert PretrainAugment((128, 128, 128), preset="none").window_size == (128, 128, 128)
     assert PretrainAugment((128, 128, 128), window="official").window_size == (181, 181, 181)
