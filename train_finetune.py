@@ -75,7 +75,7 @@ from amaes.data.splits import fold_splits, saved_split
 from amaes.data.store import Store
 from amaes.evaluation import leakage
 from amaes.files import sha256, write_json
-from amaes.models import build_network
+from amaes.models import build_network, ops
 from amaes.objectives.supervised import SupervisedSegmentation
 from amaes.paper.protocols import check_store, saved_folds
 from amaes.training import verdict
@@ -148,7 +148,8 @@ def main(args: argparse.Namespace) -> int:
     if args.weights != SCRATCH:
         report_leakage(args, store, splits, pretraining, ranks, log)
     share = Share(args.batch_size, accumulate, ranks.rank, ranks.world)
-    log(f"{describe_batch(share, ranks.device, args.steps)}, {args.augment} augmentation, {compiled}")
+    log(f"{describe_batch(share, ranks.device, args.steps)}, {args.augment} augmentation")
+    log(f"{compiled}, {ops.describe(ranks.device)}")
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16)
     run = Run(objective, store, share, autocast, compiler, Stop(ranks, args.save_minutes))
     for fold, split in enumerate(splits):

@@ -67,7 +67,7 @@ from amaes.data.pretrain_data import PretrainData, split_for_pretraining
 from amaes.data.several_stores import open_stores
 from amaes.data.store import Store
 from amaes.mask import check_mask_ratio
-from amaes.models import build_network
+from amaes.models import build_network, ops
 from amaes.pictures import check_matplotlib
 from amaes.training import benchmark, verdict
 from amaes.training.checks import check_batch, check_patch_size, describe_batch
@@ -138,7 +138,8 @@ def main(args: argparse.Namespace) -> int:
         autocast=torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16),
     )
     head = f"{args.decoder} decoder" if args.decoder else f"{args.reconstruction_head} head"
-    log(f"{args.arch}, {head}, {sum(p.numel() for p in network.parameters()):,} parameters, {compiled}")
+    log(f"{args.arch}, {head}, {sum(p.numel() for p in network.parameters()):,} parameters")
+    log(f"{compiled}, {ops.describe(ranks.device)}")
     if published := remark(vars(args)):
         log(published)
     log(f"{args.objective}: {len(data.train)} volumes to train on, {len(data.validation)} to validate on")

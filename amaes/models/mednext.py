@@ -70,7 +70,7 @@ class Block(nn.Module):
             return x + y
         weight, bias = self.shortcut.weight, self.shortcut.bias
         if self.resample == "down":
-            return y + pointwise(x[..., ::2, ::2, ::2], weight, bias)
+            return y + pointwise(x, weight, bias, stride=2)
         # The transposed convolutions end at 2n - 1 voxels, where the shortcut reaches every second one and its bias
         # all. One plane of zeros comes in front of each axis, which only the decoder's skip connection fills.
         y = F.pad(y + bias.to(y.dtype)[:, None, None, None], (1, 0, 1, 0, 1, 0))

@@ -7,14 +7,16 @@
     pointwise   1x1x1 convolution (`mednext`)
 
 A file begins with the function that the networks call, which chooses the way it is computed. Then come the plain
-mathematics, and after them each faster way to the same numbers, today the CPU's. A way for another device is written
-below those, and no network changes. `dispatch` says which way an input takes, and in which number type.
+mathematics, and after them each faster way to the same numbers: in Triton, for NVIDIA GPUs (its kernels are in the
+folder `kernels`), and the CPU's. A way for another device is written below those, and no network changes. `dispatch`
+says which way an input takes, and in which number type.
 """
 
 from amaes.models.ops.depthwise import depthwise
+from amaes.models.ops.dispatch import describe
 from amaes.models.ops.norm_act import norm_act
 from amaes.models.ops.norm_mlp import norm_mlp, response_norm
 from amaes.models.ops.pointwise import pointwise
 from amaes.models.ops.up_conv import fused_is_cheaper, up_conv
 
-__all__ = ["depthwise", "fused_is_cheaper", "norm_act", "norm_mlp", "pointwise", "response_norm", "up_conv"]
+__all__ = ["depthwise", "describe", "fused_is_cheaper", "norm_act", "norm_mlp", "pointwise", "response_norm", "up_conv"]

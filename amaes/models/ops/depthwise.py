@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from amaes.models.ops import dispatch
-from amaes.models.ops.dispatch import SPACE, autocast_off, compute_dtype, without_autocast
+from amaes.models.ops.dispatch import SPACE, autocast_off, compute_dtype, from_rows, to_rows, without_autocast
 
 
 def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resample: str) -> torch.Tensor:
@@ -22,6 +22,8 @@ def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resampl
         resample: "same" (stride 1), "down" (stride 2, side n to ceil(n / 2)), or "up" (transposed, stride 2 without
             output padding, side n to 2n - 1).
     """
+    if dispatch.use_triton(x):
+        return _triton(x, weight, bias, resample)
     if dispatch.use_cpu_path(x):
         dtype = compute_dtype(x)
         with autocast_off(x):
@@ -34,6 +36,16 @@ def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resample: 
     stride = 1 if resample == "same" else 2
     x = x.contiguous()  # `pointwise` gives channels-last tensors, with which this is slowest on CUDA
     return convolution(x, weight, bias, stride=stride, padding=weight.shape[-1] // 2, groups=x.shape[1])
+
+
+# In Triton ------------------------------------------------------------------------------------------------------------
+
+
+def _triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resample: str) -> torch.Tensor:
+    """As rows of channels: without a copy where `x` is in channels-last memory, in which the output is as well."""
+    from amaes.models.ops.kernels.depthwise import depthwise as rows_depthwise
+
+    return from_rows(rows_depthwise(to_rows(x), weight, bias, resample))
 
 
 # On the CPU -----------------------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 
 
-def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: int = 1) -> torch.Tensor:
     """1x1x1 convolution as a matrix product over channels: (B, C, X, Y, Z) to (B, O, X, Y, Z) in channels-last memory.
 
     Args:
         x: input.
         weight: (O, C, 1, 1, 1).
         bias: (O,), or None.
+        stride: of the voxels that are computed, along each axis.
     """
-    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    rows = x.movedim(1, -1)[:, ::stride, ::stride, ::stride]  # so sliced, the gradient is channels-last too
+    return F.linear(rows, weight.flatten(1), bias).movedim(-1, 1)
