@@ -87,6 +87,17 @@ class Parser(argparse.ArgumentParser):
             message += _did_you_mean(match[1], [name.strip("'\"") for name in match[2].split(", ")])
         _end_with_error(f"{self.prog}: error: {message}")
 
+    def add_patch_size(self, add: Callable) -> None:
+        """--patch-size, where `add` adds an option; `three_sides` takes what was given."""
+        add("--patch-size", type=side, nargs="+", default=[128], metavar="N", help="voxels: N for a cube, or X Y Z")
+
+    def three_sides(self, sides: Sequence[int]) -> tuple[int, ...]:
+        """(X, Y, Z) from the numbers of --patch-size."""
+        if len(sides) not in (1, 3):
+            shown = " ".join(map(str, sides))
+            self.error(f"--patch-size {shown}: {len(sides)} numbers, accepted: N or X Y Z")
+        return tuple(sides) if len(sides) == 3 else (sides[0],) * 3
+
     def refuse(self, contradictions: Sequence[str]) -> None:
         """End with all of them, if there are any."""
         if contradictions:

@@ -33,7 +33,7 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
     add("--batch-size", type=cli.batch, help="global batch: patches per step over all ranks")
     add("--weight-decay", type=cli.non_negative_float, help="weight decay of AdamW")
     add("--amsgrad", action=argparse.BooleanOptionalAction, help="AdamW divides by the largest second moment so far")
-    add("--patch-size", type=cli.side, nargs="+", default="128", metavar="N", help="voxels: N for a cube, or X Y Z")
+    parser.add_patch_size(add)
     add(
         "--accumulate",
         type=_accumulate,
@@ -270,11 +270,7 @@ def parse(parser: cli.Parser, task: str, argv: list[str] | None = None) -> argpa
     if known.preset in PRESETS:
         parser.set_defaults(**hyperparameters(known.preset, task, known.arch))
     args = parser.parse_args(argv)
-    if isinstance(args.patch_size, int):  # the default, which argparse converts but does not wrap
-        args.patch_size = [args.patch_size]
-    if len(args.patch_size) not in (1, 3):
-        parser.error(f"--patch-size {_words(args.patch_size)}: {len(args.patch_size)} numbers, accepted: N or X Y Z")
-    args.patch_size = tuple(args.patch_size * 3 if len(args.patch_size) == 1 else args.patch_size)
+    args.patch_size = parser.three_sides(args.patch_size)
     names = [name for name, _ in args.augment_options]
     for name in names:
         if names.count(name) > 1:
@@ -290,7 +286,3 @@ def as_plain(options: Mapping[str, object]) -> dict:
     for name, value in sorted(options.items()):
         plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
     return plain
-
-
-def _words(numbers: tuple[int, ...] | list[int]) -> str:
-    return " ".join(map(str, numbers))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from amaes.augment import PretrainAugment
-from amaes.augment.__main__ import main
+from amaes.augment.__main__ import main, parse_options
 from amaes.augment.options import INTENSITY, SPATIAL
 from amaes.augment.sheets import axial, draw_rows, transform_rows, weak_and_strong
 
@@ -68,3 +68,8 @@ def test_missing_scan_is_named(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(FileNotFoundError, match="scan.nii: no such file"):
         main([str(tmp_path / "scan.nii"), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("given", "sides"), [(["16"], (16, 16, 16)), (["16", "20", "24"], (16, 20, 24))])
+def test_a_patch_is_a_cube_or_three_sides(given, sides):
+    assert parse_options(["scan.nii", "--out", "out", "--patch-size", *given]).patch_size == sides
