@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from amaes.cli import EXIT_OK, Parser, as_options, integer, real, run, workers
 from amaes.preprocess.config import CHOICES, IGNORED, MIN_AXIS, SPACING, Config
-from amaes.preprocess.file_names import SEQUENCES
+from amaes.preprocess.file_names import SEQUENCES, printable
 from amaes.preprocess.source_tables import CORPUS_FILTER, SOURCES, source_name
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--shard and --{name} exclude each other: {why}")
     for name in ("label_map", "label_names"):
         _refuse_contradictions(parser, name, getattr(args, name) or ())
+    if args.list and not args.dry_run:
+        parser.error("--list: goes with --dry-run")
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.qc is not None and (others := [name for name in given if name not in ("qc", "out")]):
         parser.error(f"{_flag(others[0])}: does not go with --qc, which takes --out alone")
@@ -196,8 +198,12 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
         "run once without --shard",
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="show which cases there are; open no image, write nothing"
+        "--dry-run",
+        action="store_true",
+        help="show which cases there are, which of them will be rejected, and what is in STORE already; open no image, "
+        "write nothing",
     )
+    group.add_argument("--list", action="store_true", help="with --dry-run: also every case with its files")
     group.add_argument("--dtype", choices=CHOICES["dtype"], default="float32", help="of the images on disk")
 
 
@@ -326,6 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = {name: getattr(args, name) for name in names}
     config = Config(label_map=label_map, spacing=tuple(args.spacing), **settings)
     if args.dry_run:
+        _print(_plan(collection, args))
         return EXIT_OK
     from amaes.preprocess.write_store import write_store
 
@@ -362,7 +369,8 @@ def _from_images(args: argparse.Namespace) -> tuple[Collection, dict[int, int]]:
     )
     if args.dry_run:
         folders = ", ".join(map(str, args.images))
-        _print("\n  note: ".join([f"{folders}: {collection.summary()}", *collection.notes]) + "\n")
+        notes = [f"  note: {note}" for note in collection.notes]
+        _print("\n".join([f"{folders}: {collection.summary()}", *notes, ""]))
     if args.corpus_filter == "on":
         items = [dataclasses.replace(item, corpus_filter=True) for item in collection.items]
         collection = dataclasses.replace(collection, items=items)
@@ -389,6 +397,22 @@ def _from_sources(args: argparse.Namespace) -> tuple[Collection, dict[int, int]]
     if args.dry_run:
         _print(describe(folders))
     return collect_sources(folders, args.corpus_filter), label_map
+
+
+def _plan(collection: Collection, args: argparse.Namespace) -> str:
+    """What a run would do: the text of a dry run below that on the folders."""
+    from amaes.preprocess.earlier_cases import plan
+    from amaes.preprocess.report import with_remedy
+
+    problems: dict[str, list[str]] = {}
+    for item in collection.items:
+        if item.problem is not None:
+            problems.setdefault(item.problem[0], []).append(item.problem[1])
+    lines = [f"  {len(texts)} will be rejected: {with_remedy(why, texts[0])}" for why, texts in problems.items()]
+    lines += plan(args.out, collection)
+    if args.list:
+        lines += [f"{item.id}: {'; '.join(item.problem or item.files)}" for item in collection.items]
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def _with_names(collection: Collection, pairs: Sequence[tuple[int, str]], label_map: dict[int, int]) -> Collection:

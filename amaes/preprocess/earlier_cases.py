@@ -119,6 +119,18 @@ def read_index(store: Path) -> dict | None:
     return content
 
 
+def plan(store: Path, collection: Collection) -> list[str]:
+    """What a run would find in the store; nothing where there is none."""
+    content = read_index(store)
+    if content is None:
+        return []
+    listed = frozenset(case["id"] for case in content["cases"])
+    inputs = {item.id for item in collection.items}
+    changed = changed_inputs(store, collection.items, listed)
+    counts = f"{len(inputs - listed)} new, {len(inputs & listed)} there already, {len(listed - inputs)} of other inputs"
+    return [f"{store}: {counts}", *(f"  made from other files: {text}" for text in changed)]
+
+
 def changed_inputs(store: Path, items: Sequence[Item], listed: frozenset[str]) -> list[str]:
     """The cases of a store that were made from other files than the items of the same id, and how these differ.
 

@@ -21,6 +21,8 @@ SEQUENCES = (  # the first match wins; between T1 and T2 the one named first
     ("T2", r"t2"),
 )
 
+VISIT = r"^(.*[_-]\d{5,})[_-]\d{1,3}(?:[_-][A-Za-z].*)?$"
+
 
 def stem_of(name: str) -> str:
     """A file name without `.nii` or `.nii.gz`, in upper or lower case."""
@@ -66,7 +68,10 @@ def session_of(id: str) -> str | None:
 
 
 def subject_of(id: str, pattern: str | None = None) -> str:
-    """The part sub-XXX of an id, else its first folder, else the id itself.
+    """The part sub-XXX of an id, else its first folder, else the id itself, without the number of a visit.
+
+    A visit's number stands behind the patient's, which has five digits or more: BraTS-GLI-00005-100 and
+    BraTS-GLI-00005-101-t1c are of BraTS-GLI-00005.
 
     Args:
         id: of the case.
@@ -80,7 +85,7 @@ def subject_of(id: str, pattern: str | None = None) -> str:
     """
     if pattern is None:
         match = re.search(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", id)
-        return match[1] if match else id.split("/")[0]
+        return match[1] if match else re.sub(VISIT, r"\1", id.split("/")[0])
     try:
         compiled = re.compile(pattern)
     except re.error as error:

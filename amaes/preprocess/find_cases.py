@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from amaes.preprocess.bids import left_out, match_by_entities, sessions, structure_of
 from amaes.preprocess.collection import Collection, Item
 from amaes.preprocess.dataset_json import DatasetJson, read_dataset_json
 from amaes.preprocess.file_names import (
@@ -53,7 +54,8 @@ def collect(
         images: any tree of NIfTI files, an imagesTr folder, the folder of a dataset.json, or one file.
         labels: tree of label files; a label belongs to the case with the same relative name.
         channels: names; the files of one folder called NAME, *_NAME or *-NAME form one case.
-        label_name: label files lie beside the images and are called NAME, *_NAME or *-NAME.
+        label_name: label files are called NAME, *_NAME or *-NAME, and lie beside the images, or in `labels`, where they
+            are matched by BIDS entities.
         subject: regular expression on the id; its group "subject" or first group is the subject.
         missing_channel: "error" marks a case without all channels, "zeros" lets it pass.
         network_channels: collect images for a network of so many channels: without labels, and all files of the
@@ -70,18 +72,18 @@ def collect(
     images, labels = _folders(Path(images), labels, label_name, for_network)
     root = images if images.is_dir() else images.parent
     notes: list[str] = []
-    files = _image_files(images, labels, [] if for_network else declared.training_files(images), notes)
-    label_files = {} if labels is None else by_id(labels, _nifti_files(labels, "labels", notes))
-    files, beside = _without_labels(root, files, label_name)
+    training = [] if for_network else declared.training_files(images)
+    files, beside = _without_labels(root, _image_files(images, labels, training, notes), None if labels else label_name)
+    if images.is_dir() and not training:
+        files = left_out(root, files, channels, notes, masks_too=not for_network)
+    label_files = {} if labels is None else _label_files(labels, label_name, notes)
     unused: list[Path] = []
     if channels:
         names = list(channels)
         items, unused = _by_channel_name(root, files, names, for_network)
         if unused and not for_network:
             notes.append(_not_grouped(root, unused, names))
-    elif numbered := _by_channel_number(
-        root, files, label_files, declared=declared.numbered, network_channels=network_channels
-    ):
+    elif numbered := _by_channel_number(root, files, label_files, declared.numbered, network_channels):
         names, items = _numbered_items(numbered, declared.channels)
     else:
         names, items = declared.channels or ["image"], [Item(id_of(root, path), (path,)) for path in files]
@@ -91,11 +93,11 @@ def collect(
     items = [_marked_if_incomplete(item, names, missing_channel, unused) for item in items]
     items = items if for_network else [_marked_if_unnamable(item) for item in items]
     if labels is not None:
-        items = match_by_id(items, label_files, labels, notes)
-    if label_name is not None:
+        items = _match(items, label_files, labels, label_name, notes)
+    elif label_name is not None:
         items = match_beside(items, beside, label_name, notes)
     items = _described(sorted(items, key=lambda item: item.id), subject, with_sequence=len(names) == 1)
-    return Collection(items, names, declared.classes, notes, label_name, unused if for_network else [])
+    return Collection(items, names, declared.classes, notes, structure_of(label_name), unused if for_network else [])
 
 
 def _listed(declared: DatasetJson, subject: str | None) -> Collection:
@@ -120,13 +122,8 @@ def _folders(
 ) -> tuple[Path, Path | None]:
     """The folders to read: imagesTr and labelsTr where the images' folder is that of a data set."""
     labels = None if labels is None else Path(labels)
-    if labels is not None and label_name is not None:
-        if labels.resolve() != images.resolve():
-            raise ValueError(
-                "`labels` and `label_name` exclude each other: labels lie in a folder tree of their own or beside the "
-                "images"
-            )
-        labels = None
+    if labels is not None and label_name is not None and labels.resolve() == images.resolve():
+        labels = None  # beside the images
     if not images.exists():
         raise FileNotFoundError(f"`images` {images}: no such folder")
     if (images / "imagesTr").is_dir():
@@ -190,6 +187,20 @@ def _to_visit(parent: Path, name: str, visited: set[Path]) -> bool:
     return True
 
 
+def _label_files(labels: Path, label_name: str | None, notes: list[str]) -> dict[str, Path]:
+    """{id of the case: label file} of a tree of labels; only of those called `label_name`, without that name."""
+    files = _nifti_files(labels, "labels", notes)
+    return by_id(labels, files if label_name is None else _without_labels(labels, files, label_name)[1], label_name)
+
+
+def _match(
+    items: list[Item], label_files: Mapping[str, Path], labels: Path, label_name: str | None, notes: list[str]
+) -> list[Item]:
+    if label_name is None:
+        return match_by_id(items, label_files, labels, notes)
+    return match_by_entities(items, label_files, labels, label_name, notes)
+
+
 def _without_labels(root: Path, files: list[Path], label_name: str | None) -> tuple[list[Path], list[Path]]:
     """The images, and the labels that lie beside them."""
     if label_name is None:
@@ -209,18 +220,15 @@ def _by_channel_name(
 ) -> tuple[list[Item], list[Path]]:
     """Files of one folder with one prefix form a case: folder/{FLAIR,T1}.nii.gz or folder/case_{flair,t1}.nii.gz.
 
+    The sequences of a BIDS session form one although their acq differ, unless a channel is there twice.
+
     Also returns the files of other names. A network of one channel takes any name, so there all files must match.
     """
     if len({name.lower() for name in channels}) != len(channels):
         raise NoSuchChannels(f"`channels`: expected different names, found {' '.join(channels)}")
     cases: dict[str, dict[str, Path]] = defaultdict(dict)  # id to {channel: file}
-    unused = []
-    for path in files:
-        match = channel_prefix(path, channels)
-        if match is None:
-            unused.append(path)
-            continue
-        name, prefix = match
+    unused = [path for path in files if channel_prefix(path, channels) is None]
+    for path, name, prefix in sessions([(path, *match) for path in files if (match := channel_prefix(path, channels))]):
         folder = path.parent.relative_to(root)
         id = (folder if prefix in ("", folder.name) else folder / prefix).as_posix()
         id = root.resolve().name if id == "." else id  # the files lie in the root itself
@@ -234,7 +242,7 @@ def _by_channel_name(
 
 
 def _by_channel_number(
-    root: Path, files: list[Path], label_files: Mapping[str, Path], *, declared: bool, network_channels: int | None
+    root: Path, files: list[Path], label_files: Mapping[str, Path], declared: bool, network_channels: int | None
 ) -> dict[str, dict[int, Path]]:
     """nnU-Net's case_0000, case_0001, ... as {case: {0: file, 1: file}}; empty where the numbers are not channels.
 

@@ -12,8 +12,8 @@ from amaes.preprocess.collection import Item
 from amaes.preprocess.file_names import channel_prefix, id_of, shorten, stem_of
 
 
-def by_id(root: Path, files: Sequence[Path]) -> dict[str, Path]:
-    """{id: label file} of a tree of labels.
+def by_id(root: Path, files: Sequence[Path], label_name: str | None = None) -> dict[str, Path]:
+    """{id: label file} of a tree of labels; the id ends before `label_name`: a/b of a/b_NAME, a of a/NAME.
 
     Raises:
         ValueError: two files have one id.
@@ -21,6 +21,9 @@ def by_id(root: Path, files: Sequence[Path]) -> dict[str, Path]:
     result: dict[str, Path] = {}
     for path in files:
         name = id_of(root, path)
+        if label_name is not None:
+            folder, prefix = path.parent.relative_to(root), channel_prefix(path, [label_name])[1]
+            name = (folder / prefix if prefix else folder).as_posix()
         if name in result:
             raise ValueError(f"id_collision: {result[name]} and {path} both map to {name!r}")
         result[name] = path

@@ -209,6 +209,7 @@ SOURCES: dict[str, Source] = {
             ("derivative", r"(?:^|/)(?:\w+_)?(?:derivatives|sourcedata|code|stimuli)/"),
             ("datatype", r"(?:^|/)(?:func|fmap|perf|pet|meg|ieeg|eeg|nirs|micr|mrs|motion|beh)/"),
             ("label", r"(?:mask|_seg|_dseg|_probseg|_msk|_label|_lesion|_roi)$"),
+            ("part", r"_part-(?:phase|real|imag)_"),
             MINIP,
         ),
     ),

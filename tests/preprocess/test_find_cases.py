@@ -182,7 +182,7 @@ def test_labels_that_match_nothing_stop_with_both_names(tree):
         collect(images, images / "nope")
     with pytest.raises(ValueError, match="both .*`label_name`"):
         collect(images, images)
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(ValueError, match=r"`label_name`: no file called seg, \*_seg or \*-seg in .*found seg_1.nii.gz"):
         collect(images, labels, label_name="seg")
 
 

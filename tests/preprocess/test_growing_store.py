@@ -103,6 +103,9 @@ def test_another_file_of_one_id_is_refused(folders, tmp_path, what, capsys):
     line = refused(capsys, *arguments)
     assert f"2 cases there were made from other files: a0: was {a / what}/a0.nii.gz, is {tmp_path}/copy" in line
     assert "--overwrite" in line
+    assert command(*arguments, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert f"{store}: 0 new, 2 there already, 0 of other inputs\n  made from other files: a0: was {a / what}" in out
     assert digest(store) == before
     assert command(*arguments, "--overwrite") == 0
     assert "2 done again" in capsys.readouterr().out
