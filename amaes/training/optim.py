@@ -59,7 +59,8 @@ class FinetuneRates:
         if self.freeze == "encoder":
             network.encoder.requires_grad_(False)
         if self.encoder is None and not self.decoder_warmup:
-            return [{"params": [p for p in network.parameters() if p.requires_grad]}]
+            trained = network.decoder if self.freeze == "encoder" else network
+            return [{"params": list(trained.parameters())}]  # all of them, as in runs of earlier versions
         named = dict(network.named_parameters())
         encoder = [p for name, p in named.items() if name.startswith("encoder.")]
         decoder = [p for name, p in named.items() if not name.startswith("encoder.")]

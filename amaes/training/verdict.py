@@ -30,8 +30,12 @@ class TrainingDice:
 
     @torch.no_grad()
     def add(self, outputs: torch.Tensor | Sequence[torch.Tensor], label: torch.Tensor) -> None:
-        """Count the voxels of a batch: logits (B, K, X, Y, Z), or a list of which they are the first; (B, X, Y, Z)."""
+        """Count the voxels of a batch: logits (B, K, X, Y, Z), or a list of which they are the first; (B, X, Y, Z).
+
+        Voxels whose label is no class, which losses leave out, do not count.
+        """
         predicted = (outputs if isinstance(outputs, torch.Tensor) else outputs[0]).argmax(1)  # (B, X, Y, Z)
+        predicted = predicted.masked_fill(label > len(self._counts), 0)
         for row, counts in enumerate(self._counts, 1):
             found, wanted = predicted == row, label == row
             counts += torch.stack([2 * (found & wanted).sum(), found.sum() + wanted.sum()])

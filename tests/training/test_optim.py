@@ -92,6 +92,13 @@ def test_rates_of_fine_tuning_by_group(given, expected):
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(of_groups, rel=1e-6)
 
 
+def test_the_one_group_holds_all_weights_as_in_earlier_versions():
+    network = two_layers()
+    network.decoder.bias.requires_grad_(False)  # as of a head that is not trained
+    (group,) = FinetuneRates(base=1.0, steps=10).groups(network)
+    assert len(group["params"]) == 4
+
+
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
 @pytest.mark.parametrize("given", [{"decoder_warmup": 2}, {"freeze": "encoder"}])
 def test_a_frozen_encoder_stays_as_it_is_and_begins_afresh(given, on_nan):

@@ -36,8 +36,11 @@ def test_dice_of_training_patches_by_hand():
     assert found["dice_2"] == pytest.approx(4 / 5)
     assert math.isnan(found["dice_3"])
     assert found["dice"] == pytest.approx((4 / 6 + 4 / 5) / 2)
-    dice.add([logits(label, 4), None], label)  # deep supervision: the finest
-    assert dice.read()["dice"] == 1  # what was read does not count again
+    left_out = label.clone()
+    left_out[0, 1, 2] = 255
+    dice.add([logits(label, 4), None], left_out)  # deep supervision: the finest
+    dice.add(logits(torch.where(left_out == 255, 3, label), 4), left_out)
+    assert dice.read()["dice"] == 1  # what was read does not count again, nor do voxels that are left out
     assert math.isnan(dice.read()["dice"])
 
 
