@@ -121,7 +121,7 @@ def draw_predictions(path: Path, scans: Path, folds: Mapping[str, Path], count: 
 
     tested = [json.loads((fold / "results.json").read_text())["cases"] for fold in folds.values()]
     rows = []
-    for name in sorted(set.intersection(*({case["case"] for case in cases} for cases in tested)))[:count]:
+    for name in sorted(set.intersection(*({case["id"] for case in cases} for cases in tested)))[:count]:
         image, label = volume(scans / "images", name), volume(scans / "labels", name)
         found = {caption: volume(fold / "predictions", name) for caption, fold in folds.items()}
         height = int(np.argmax((label == 1).sum(axis=(0, 1))))

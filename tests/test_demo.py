@@ -166,7 +166,7 @@ def test_the_end_has_the_verdict_and_draws_what_all_networks_tested(monkeypatch,
             save_nifti(tmp_path / folder / f"{name}.nii.gz", data, np.eye(4))
     for run, cases in {"scratch": ["case1", "case2"], "pretrained": ["case2"]}.items():
         (tmp_path / run / "summary.json").write_text(json.dumps({"dice": {"folds": [0.5]}}))
-        (tmp_path / run / "fold0" / "results.json").write_text(json.dumps({"cases": [{"case": c} for c in cases]}))
+        (tmp_path / run / "fold0" / "results.json").write_text(json.dumps({"cases": [{"id": c} for c in cases]}))
     drawn = []
     monkeypatch.setattr(pictures, "write_sheet", lambda path, heading, rows, zoom: drawn.extend(rows))
     monkeypatch.setattr(demo, "find_spec", lambda name: True)
