@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from amaes import cli
-from amaes.choices import EMPTY
+from amaes.choices import CHECKPOINTS, EMPTY
 from amaes.evaluation.command_line import add_inference_options
 from amaes.metrics import DEFAULT_METRICS, METRICS
 from amaes.paper import protocols
@@ -30,6 +30,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", type=Path, nargs="*", metavar="RUN", help="folder written by train_finetune.py")
     add("--data", type=Path, metavar="STORE", help="store of the cases (default: the one trained on)")
+    add("--checkpoint", choices=CHECKPOINTS, default="last", help="of every fold; best: on its validation cases")
     explanation = "instead of runs: folders of predictions made elsewhere, named as the labels; the tables go there"
     add("--predictions", type=Path, nargs="+", default=[], metavar="DIR", help=explanation)
     add("--labels", type=Path, metavar="DIR", help="label files that --predictions are measured against")
@@ -104,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
         parts, left_out = [evaluate_folder(folder, args) for folder in args.predictions], []
     else:
         device = pick_device(args.device)
-        runs = [choose_cases(open_run(path, args.data, args.paper), args) for path in args.runs]
+        runs = [choose_cases(open_run(path, args.data, args.paper, args.checkpoint), args) for path in args.runs]
         for run in runs:  # what is missing shows before any work
             check_cases(run.store, run.folds, args.space)
         check_classes(runs)

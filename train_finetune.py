@@ -15,10 +15,11 @@ from pathlib import Path
 
 from amaes import cli
 from amaes.augment.options import FINETUNE_PRESETS
-from amaes.choices import SCRATCH, STEMS, TRANSFERS, WINDOWS
+from amaes.choices import ALL, SCRATCH, WINDOWS
 from amaes.models.build import SEGMENTATION_DECODERS
-from amaes.paper.protocols import FOLDS, PROTOCOLS, TRAIN_CASES
+from amaes.paper.protocols import PROTOCOLS
 from amaes.training import options
+from amaes.training.fold_options import add_fold_options, fold_contradictions
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,31 +32,23 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     explanation = "margin read for rotations; official: as the published code; parity: as that, or one voxel more"
     add("--window", choices=WINDOWS, default="parity", help=explanation)
     add("--foreground", type=cli.fraction, default=0.33, help="share of patches placed around a foreground voxel")
-    add = parser.add_argument_group("weights").add_argument
-    add("--weights", default=SCRATCH, metavar="CKPT|RUN", help="file or run whose encoder is taken, or scratch")
-    add("--transfer", choices=TRANSFERS, default="encoder", help="all: also the decoder, except heads of other classes")
-    add("--stem", choices=STEMS, default="repeat", help="weights of the first convolution, where the channels differ")
-    add("--allow-partial", action="store_true", help="take a file that gives less than 95 %% of the encoder")
+    add = options.add_weights_options(parser, "encoder")
     add("--pretrain-data", nargs="+", metavar="STORE", help="stores they were trained on (default: as CKPT says)")
     add("--strict-leakage", action="store_true", help="refuse to train where pretraining saw test cases")
     explanation = "also look for test scans that pretraining saw in another form: correlation >= R, e.g. 0.98"
     add("--near-duplicates", type=cli.correlation, metavar="R", help=explanation)
     add("--decoder", choices=list(SEGMENTATION_DECODERS), default="unet", help="starts new unless --transfer all")
     add("--deep-supervision", action="store_true", help="also train on the outputs of coarser stages")
-    add = parser.add_argument_group("folds: train on few cases, test on all others").add_argument
-    add("--protocol", choices=list(PROTOCOLS), help="task of the paper: sets the folds, checks the store")
-    add("--allow-incomplete", action="store_true", help="with --protocol: fewer cases than its release has")
-    add("--folds", type=cli.folds, default=6, help="number of folds")
-    add("--train-cases", type=cli.positive_int, default=20, help="labelled cases a fold trains on")
-    add("--split-seed", type=cli.split_seed, default=0, help="seed of the drawing of folds")
-    add("--fold", default="all", metavar="K|all", help="the fold to train, counted from 0")
-    add("--steps", type=cli.positive_int, default=2500, help="optimizer steps of each fold")
+    add_fold_options(parser, protocols=list(PROTOCOLS))
     options.add_model_options(parser, arch="unet_xl")
     options.add_rate_options(parser)
     options.add_run_options(parser, out="runs/finetune", save_every=250)
     args = options.parse(parser, "finetune", argv)
-    of_protocol = {"folds": FOLDS, "train_cases": TRAIN_CASES, "split_seed": 0}
-    options.refuse_finetune_contradictions(parser, args, of_protocol)
+    contradictions = options.weights_contradictions(args) + fold_contradictions(args)
+    for name in ("pretrain_data", "strict_leakage", "near_duplicates"):
+        if getattr(args, name) and args.weights == SCRATCH:
+            contradictions.append(f"--{name.replace('_', '-')}: accepted with --weights CKPT, scratch has seen nothing")
+    parser.refuse(contradictions + options.rate_contradictions(args))
     args.augment = args.augment or ("all" if args.weights == SCRATCH else "spatial")
     args.fold = args.fold if args.fold == "all" else str(int(args.fold))
     return args
@@ -71,7 +64,8 @@ from amaes.augment import FinetuneAugment
 from amaes.data.loader import training_batches
 from amaes.data.order import Batches, Share
 from amaes.data.patches import Patches
-from amaes.data.splits import fold_splits, saved_split
+from amaes.data.split_files import read_splits
+from amaes.data.splits import all_cases, fold_splits, hold_out_validation, saved_split
 from amaes.data.store import Store
 from amaes.evaluation import leakage
 from amaes.files import sha256, write_json
@@ -84,6 +78,7 @@ from amaes.training.optim import FinetuneRates, build_optimizer, optimizer_step
 from amaes.training.progress import Progress
 from amaes.training.run_folder import RunFolder
 from amaes.training.stopping import Stop
+from amaes.training.whole_scans import BestOnValidation
 
 
 @dataclass
@@ -133,7 +128,7 @@ def main(args: argparse.Namespace) -> int:
         if line := checkpoint.check_preprocessing(path, checkpoint.read(path), store):
             log(line)
         checkpoint.load_encoder(on_meta, path, args.stem, args.allow_partial, args.transfer)
-    splits = distributed.from_main(splits_of(store, args) if ranks.is_main else None)
+    splits = distributed.from_main(splits_of(store, args, log) if ranks.is_main else None)
 
     # Run
     kept = {"options": options.as_plain(vars(args)), "patch_size": args.patch_size, "keep": args.keep}
@@ -190,9 +185,13 @@ def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distribute
     dice = verdict.TrainingDice(store.num_classes, ranks.device)
     progress = Progress(folder.path, ranks, network, order, store, objective.draw, args.log_every, dice.read)
     clock = progress.clock
+    often = {"every": args.val_every, "patience": args.patience, "last": args.steps}
+    validation = BestOnValidation(folder, split.get("validation", ()), **often, precision=args.precision)
+    if validation.due(step):  # cut short when the run was stopped
+        validation.measure(step, network, progress, stop)
     stop.saved()
     network.train()
-    while step < args.steps and not stop.agreed:
+    while step < args.steps and not (stop.agreed or validation.exhausted):
         clock.start()  # what comes between steps does not count
         lr = rates.set(optimizer, step)
         optimizer.zero_grad(set_to_none=True)
@@ -213,7 +212,9 @@ def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distribute
         clock.lap("optimizer")
         step += 1
         progress.step(lr, skipped)  # writes a line every --log-every steps; raises where the loss is not finite
-        if stop.ask(step) or step % args.save_every == 0 or step == args.steps:
+        if validation.due(step):  # on whole scans; keeps the best network
+            validation.measure(step, network, progress, stop)
+        if stop.ask(step) or step % args.save_every == 0 or step == args.steps or validation.exhausted:
             progress.check_finite()
             folder.save(step, network, optimizer)
             stop.saved()
@@ -221,15 +222,24 @@ def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distribute
     if stop.agreed:
         raise KeyboardInterrupt(f"saved at step {step}; the same command continues")
     if ranks.is_main:
+        if validation.exhausted:
+            write_json(folder.path / "config.json", {**split, "ended_at": step})
+        if best := validation.summary():
+            log(best)
         log(verdict.of_finetuning(folder.path / "metrics.jsonl", {0: "background"} | store.labels))
 
 
-def splits_of(store: Store, args: argparse.Namespace) -> list[dict[str, list[str]]]:
-    """The folds, written to the store the first time."""
+def splits_of(store: Store, args: argparse.Namespace, log: Callable) -> list[dict[str, list[str]]]:
+    """The folds: of --splits, of --protocol, or drawn and written to the store the first time."""
+    if args.splits_file is not None:
+        return read_splits(args.splits_file, store, log)
     if args.protocol is not None:
         return saved_folds(store, args.protocol, args.allow_incomplete)
+    if args.train_cases == ALL:
+        return all_cases(store)
     name = f"{args.folds} folds, {args.train_cases} training cases, seed {args.split_seed}"
-    return saved_split(store, name, partial(fold_splits, store, args.folds, args.train_cases, args.split_seed))
+    folds = saved_split(store, name, partial(fold_splits, store, args.folds, args.train_cases, args.split_seed))
+    return [hold_out_validation(fold, store, args.val_cases, args.split_seed) for fold in folds]
 
 
 def report_leakage(args, store: Store, splits: list[dict], pretraining: list[Store], ranks, log: Callable) -> None:

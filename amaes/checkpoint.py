@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from amaes.models.network import Network
 
 FORMAT = "amaes-checkpoint-1"
+BEST = "best.pt"  # the network with the best Dice on validation cases, beside step-N.pt
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
@@ -54,6 +55,13 @@ def save(folder: Path, content: dict, keep: int) -> Path:
     for old in (*paths[:newest], *paths[newest + keep :]):
         old.unlink()
     return path
+
+
+def save_best(folder: Path, content: dict) -> None:
+    """Write `folder/best.pt`; it is never continued from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder / BEST) as file:
+        torch.save({"format": FORMAT, **content}, file)
 
 
 def saved(folder: Path) -> list[Path]:

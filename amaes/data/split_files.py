@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-from amaes import rng
 from amaes.data.store import Store
 from amaes.files import read_json
 
@@ -15,7 +15,7 @@ ROLES = {"train": "train", "validation": "validation", "val": "validation", "tes
 _COLUMNS = ["case", "fold", "role"]
 
 
-def read_splits(path: str | Path, store: Store) -> list[dict[str, list[str]]]:
+def read_splits(path: str | Path, store: Store, log: Callable[[str], None] | None = None) -> list[dict[str, list[str]]]:
     """The folds of a file.
 
     JSON is a list with one object per fold, {"train": ids, "validation": ids, "test": ids}; CSV has the columns case,
@@ -25,6 +25,7 @@ def read_splits(path: str | Path, store: Store) -> list[dict[str, list[str]]]:
     Args:
         path: ends in .csv, anything else is JSON.
         store: has the cases.
+        log: is told of subjects with cases in several parts of a fold.
 
     Returns:
         One dict per fold, "train", "test" (perhaps empty) and, where it has such cases, "validation"; ids sorted.
@@ -38,7 +39,12 @@ def read_splits(path: str | Path, store: Store) -> list[dict[str, list[str]]]:
         raise FileNotFoundError(f"`splits` {path}: no such file")
     folds = _read_csv(path) if path.suffix.lower() == ".csv" else _read_json(path)
     labelled = {case.id: case.labelled for case in store.cases}
-    return [_checked(f"{path}: fold {number}", fold, labelled) for number, fold in enumerate(folds)]
+    folds = [_checked(f"{path}: fold {number}", fold, labelled) for number, fold in enumerate(folds)]
+    for number, fold in enumerate(folds):
+        if log and (shared := shared_subjects(fold, store)):
+            several = f"{len(shared)} subjects have cases in several parts, such as {shared[0]}"
+            log(f"WARNING: {path}: fold {number}: {several}; scores on them are too good")
+    return folds
 
 
 def _read_csv(path: Path) -> list[dict[str, list[str]]]:
@@ -96,32 +102,6 @@ def _checked(where: str, fold: dict[str, list[str]], labelled: dict[str, bool]) 
     if not parts["train"]:
         raise ValueError(f"{where}: has no case to train on")
     return {role: sorted(ids) for role, ids in parts.items() if ids or role == "test"}
-
-
-def hold_out_validation(split: dict[str, list[str]], store: Store, cases: int, seed: int) -> dict[str, list[str]]:
-    """Move test cases of a fold to its validation: the first subjects of a shuffled list, until `cases` are reached.
-
-    Args:
-        split: {"train": ids, "test": ids}.
-        store: has the cases.
-        cases: how many; the last subject taken may bring a few more.
-        seed: of the shuffle.
-
-    Raises:
-        ValueError: no case would be left to test on.
-    """
-    subject = {case.id: case.subject for case in store.cases}
-    subjects = sorted({subject[id] for id in split["test"]})
-    order = rng.stream(seed, 0, 0, "validation").permutation(len(subjects))
-    taken: list[str] = []
-    for i in order:
-        if len(taken) >= cases:
-            break
-        taken += [id for id in split["test"] if subject[id] == subjects[i]]
-    test = sorted(set(split["test"]) - set(taken))
-    if not test or len(taken) < cases:
-        raise ValueError(f"`val_cases` {cases}: the fold has {len(split['test'])} cases to test on; none would be left")
-    return {**split, "validation": sorted(taken), "test": test}
 
 
 def shared_subjects(split: dict[str, list[str]], store: Store) -> list[str]:

@@ -74,6 +74,52 @@ def fold_splits(store: Store, folds: int = 6, train_cases: int = 20, seed: int =
     )
 
 
+def hold_out_validation(split: dict[str, list[str]], store: Store, cases: int, seed: int) -> dict[str, list[str]]:
+    """Move test cases of a fold to its validation: the first subjects of a shuffled list, until `cases` are reached.
+
+    Args:
+        split: {"train": ids, "test": ids}.
+        store: has the cases.
+        cases: how many, 0 leaves the fold as it is; the last subject taken may bring a few more.
+        seed: of the shuffle.
+
+    Raises:
+        ValueError: no case would be left to test on.
+    """
+    if not cases:
+        return split
+    subject = {case.id: case.subject for case in store.cases}
+    subjects = sorted({subject[id] for id in split["test"]})
+    order = rng.stream(seed, 0, 0, "validation").permutation(len(subjects))
+    taken: list[str] = []
+    for i in order:
+        if len(taken) >= cases:
+            break
+        taken += [id for id in split["test"] if subject[id] == subjects[i]]
+    test = sorted(set(split["test"]) - set(taken))
+    if not test or len(taken) < cases:
+        raise ValueError(f"`val_cases` {cases}: the fold has {len(split['test'])} cases to test on; none would be left")
+    return {**split, "validation": sorted(taken), "test": test}
+
+
+def first_difference(old: Sequence[dict[str, list[str]]], new: Sequence[dict[str, list[str]]]) -> str:
+    """What differs first between two lists of folds, in words; "" where nothing does."""
+    for number, (before, now) in enumerate(zip(old, new, strict=False)):
+        was, is_now = ({id: part for part, ids in fold.items() for id in ids} for fold in (before, now))
+        for id in sorted({*was, *is_now}):
+            if was.get(id) != is_now.get(id):
+                return f"fold {number}: case {id} is {is_now.get(id, 'in no part')}, was {was.get(id, 'in no part')}"
+    return "" if len(old) == len(new) else f"{len(new)} folds, were {len(old)}"
+
+
+def all_cases(store: Store) -> list[dict[str, list[str]]]:
+    """One fold that trains on every labelled case and tests on none."""
+    cases = [case.id for case in store.cases if case.labelled]
+    if not cases:
+        raise ValueError(f"{store.path}: no labelled case; preprocess with `labels`")
+    return [{"train": cases, "test": []}]
+
+
 def _chunks(cases: Sequence[Case], size: int, generator: np.random.RandomState) -> Iterator[list[str]]:
     """Ids of whole subjects in random order, in disjoint lists of `size` or a few more; the remainder is left out."""
     groups, chunk = _groups(cases, "subject"), []

@@ -20,7 +20,7 @@ class Fold:
     Attributes:
         number: counted from 0.
         folder: RUN/fold<number>.
-        checkpoint: the last one.
+        checkpoint: the last one, or the best.
         train: ids of the cases that it was trained on.
         test: ids of the cases to test.
         suffix: is added to the names of what evaluation writes; not empty where `test` are not the fold's own cases, or
@@ -98,11 +98,15 @@ OF_PAPER = ("weights", "arch", "decoder")
 OF_PRETRAINING = ("decoder", "skips", "augment", "objective", "preset")  # names and switches
 
 
-def find_folds(run: Path) -> tuple[list[Fold], list[str]]:
+def find_folds(run: Path, which: str = "last") -> tuple[list[Fold], list[str]]:
     """The folds of a run that are trained to the end, and a line for each that is not.
 
+    Args:
+        run: its folder.
+        which: "last" checkpoint, or the "best" on the validation cases.
+
     Raises:
-        FileNotFoundError, ValueError: not a run, or no fold is finished.
+        FileNotFoundError, ValueError: not a run, no fold is finished, or one has no best checkpoint.
     """
     steps = read_options(run)["steps"]
     folders = {int(path.name[4:]): path for path in run.glob("fold*") if path.is_dir() and path.name[4:].isdecimal()}
@@ -110,17 +114,27 @@ def find_folds(run: Path) -> tuple[list[Fold], list[str]]:
     for number, folder in sorted(folders.items()):
         saved = checkpoint.saved(folder / "checkpoints")
         step = int(saved[0].stem.removeprefix("step-")) if saved else 0
-        if step == steps and not is_sound(saved[0]):
-            unfinished.append(f"{folder}: {saved[0].name} is damaged, left out; the same training command remakes it")
-        elif step == steps:
-            split = read_split(folder / "config.json")
-            folds.append(Fold(number, folder, saved[0], train=split["train"], test=split["test"]))
+        if step and (step == steps or step == _ended_at(folder / "config.json")):
+            chosen = saved[0] if which == "last" else folder / "checkpoints" / checkpoint.BEST
+            if not chosen.exists():
+                raise FileNotFoundError(f"{chosen}: not there, the fold was trained without validation cases")
+            if is_sound(chosen):
+                split = read_split(folder / "config.json")
+                folds.append(Fold(number, folder, chosen, train=split["train"], test=split["test"]))
+            else:
+                unfinished.append(f"{folder}: {chosen.name} is damaged, left out; the same training command remakes it")
         else:
             unfinished.append(f"{folder}: at step {step} of {steps}, left out")
     if not folds:
         state = "; ".join(unfinished) or "no folder fold<k> there"
         raise ValueError(f"{run}: no finished fold ({state}); train_finetune.py makes them")
     return folds, unfinished
+
+
+def _ended_at(path: Path) -> object:
+    """The step at which a fold ended early, from its config.json; None where it did not."""
+    content = read_json(path) if path.is_file() else None
+    return content.get("ended_at") if isinstance(content, dict) else None
 
 
 def read_split(path: Path) -> dict[str, list[str]]:
@@ -132,6 +146,8 @@ def read_split(path: Path) -> dict[str, list[str]]:
     """
     content = read_json(path)
     split = {part: content.get(part) if isinstance(content, dict) else None for part in ("train", "test")}
+    if split["train"] and split["test"] == []:
+        raise ValueError(f"{path}: the fold has no case to test on (`train_cases` all, or `splits` without any)")
     for part, ids in split.items():
         if not isinstance(ids, list) or not ids or not all(isinstance(id, str) for id in ids):
             raise ValueError(f"{path}: {part!r} is {ids!r:.80}, expected a list of the ids of its cases")
@@ -151,18 +167,19 @@ def is_sound(path: Path) -> bool:
         return False
 
 
-def open_run(path: Path, data: Path | None = None, for_paper: bool = False) -> Run:
+def open_run(path: Path, data: Path | None = None, for_paper: bool = False, which: str = "last") -> Run:
     """A run, its finished folds, and the store of their test cases.
 
     Args:
         path: the folder of the run.
         data: the store; None: the one that the run was trained on.
         for_paper: of `read_options`.
+        which: of `find_folds`.
 
     Raises:
         FileNotFoundError, ValueError: not a run, no fold is finished, or no store there.
     """
-    folds, unfinished = find_folds(path)
+    folds, unfinished = find_folds(path, which)
     options = read_options(path, for_paper)
     if data is None:
         data = Path(options["data"])

@@ -6,7 +6,12 @@ import argparse
 import json
 from collections.abc import Mapping
 
-EARLIER = {"target": "absolute", "warmup": 0.0, "decoder_warmup": 0}  # what training did before there was the option
+EARLIER = {
+    "target": "absolute",
+    "warmup": 0.0,
+    "decoder_warmup": 0,
+    "val_cases": 0,
+}  # what training did before there was the option
 
 
 def options_of_earlier_runs(args: argparse.Namespace) -> dict:

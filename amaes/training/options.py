@@ -10,7 +10,19 @@ from pathlib import Path
 
 from amaes import cli, objectives
 from amaes.augment.options import Options
-from amaes.choices import COMPILE, CROPS, DEVICES, FREEZES, ON_ERROR, PRECISIONS, RECONSTRUCTION_MEANS, SCRATCH, TARGETS
+from amaes.choices import (
+    COMPILE,
+    CROPS,
+    DEVICES,
+    FREEZES,
+    ON_ERROR,
+    PRECISIONS,
+    RECONSTRUCTION_MEANS,
+    SCRATCH,
+    STEMS,
+    TARGETS,
+    TRANSFERS,
+)
 from amaes.models.build import (
     ARCHITECTURES,
     ENCODER_OPTIONS,
@@ -43,6 +55,21 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
     )
 
 
+def add_weights_options(parser: cli.Parser, what: str) -> Callable:
+    """Weights to begin with; returns what adds an option to these.
+
+    Args:
+        parser: of the script.
+        what: is taken from them by default.
+    """
+    add = parser.add_argument_group("weights").add_argument
+    add("--weights", default=SCRATCH, metavar="CKPT|RUN", help=f"file or run whose {what} is taken, or scratch")
+    add("--transfer", choices=TRANSFERS, default="encoder", help="all: also the decoder, except heads of other classes")
+    add("--stem", choices=STEMS, default="repeat", help="weights of the first convolution, where the channels differ")
+    add("--allow-partial", action="store_true", help="take a file that gives less than 95 %% of the encoder")
+    return add
+
+
 def add_rate_options(parser: cli.Parser) -> None:
     """How fine-tuning treats the weights that it begins with (`amaes.training.optim.FinetuneRates`)."""
     add = parser.add_argument_group("learning rates over the run").add_argument
@@ -53,44 +80,27 @@ def add_rate_options(parser: cli.Parser) -> None:
     add("--freeze", choices=FREEZES, help="keep the encoder's weights for the whole run")
 
 
-def refuse_finetune_contradictions(parser: cli.Parser, args: argparse.Namespace, of_protocol: Mapping) -> None:
-    """Refuse options of train_finetune.py that exclude one another.
-
-    Args:
-        parser: ends the program.
-        args: its options.
-        of_protocol: those that --protocol sets, with their values.
-    """
-    _refuse_rate_contradictions(parser, args)
-    scratch = args.weights == SCRATCH
-    for name in ("pretrain_data", "strict_leakage", "near_duplicates"):
-        if getattr(args, name) and scratch:
-            parser.error(f"--{name.replace('_', '-')}: accepted with --weights CKPT, scratch has seen nothing")
-    if args.transfer == "all" and scratch:
-        parser.error("--transfer all: accepted with --weights CKPT")
-    if args.allow_incomplete and args.protocol is None:
-        parser.error("--allow-incomplete: accepted with --protocol")
-    for name, value in of_protocol.items():
-        if args.protocol is not None and getattr(args, name) != value:
-            given = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            parser.error(f"{given}: --protocol {args.protocol} has {value}; leave one out")
-    if args.fold != "all" and not (args.fold.isdecimal() and int(args.fold) < args.folds):
-        parser.error(f"--fold {args.fold}: accepted: all, or 0 to {args.folds - 1} (--folds {args.folds})")
-    if args.fold != "all" and args.overwrite:
-        folder = f"{args.out}/fold{int(args.fold)}"
-        parser.error(f"--overwrite --fold {args.fold}: would delete all folds; delete {folder} instead")
-    if not scratch and Path(args.weights).resolve().is_relative_to(args.out.resolve()):
-        parser.error(f"--weights {args.weights}: lies in --out {args.out}; take another --out")
+def weights_contradictions(args: argparse.Namespace) -> list[str]:
+    """What the options of `add_weights_options` say against each other and against --out."""
+    found = []
+    if args.weights == SCRATCH:
+        if args.transfer == "all":
+            found.append("--transfer all: accepted with --weights CKPT")
+    elif Path(args.weights).resolve().is_relative_to(args.out.resolve()):
+        found.append(f"--weights {args.weights}: lies in --out {args.out}; take another --out")
+    return found
 
 
-def _refuse_rate_contradictions(parser: cli.Parser, args: argparse.Namespace) -> None:
-    """Refuse options of `add_rate_options` that exclude one another, or a warm-up that never ends."""
+def rate_contradictions(args: argparse.Namespace) -> list[str]:
+    """Options of `add_rate_options` that exclude one another, and a warm-up that never ends."""
+    found = []
     if args.freeze and (args.encoder_lr is not None or args.decoder_warmup):
         given = "--decoder-warmup" if args.decoder_warmup else "--encoder-lr"
-        parser.error(f"--freeze {args.freeze}: the encoder is not trained, {given} says how it is; leave one out")
+        found.append(f"--freeze {args.freeze}: the encoder is not trained, {given} says how it is; leave one out")
     if args.decoder_warmup >= args.steps:
         text = f"accepted: below --steps {args.steps}; --freeze encoder trains the decoder alone"
-        parser.error(f"--decoder-warmup {args.decoder_warmup}: {text}")
+        found.append(f"--decoder-warmup {args.decoder_warmup}: {text}")
+    return found
 
 
 _PRESET_HELP = "published values that the next four options have by default; paper: those of --objective amaes, too"

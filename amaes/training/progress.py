@@ -261,6 +261,13 @@ class Progress:
         if self._ranks.is_main:
             tqdm.write(f"step {self._step}: validation loss {loss:.5f} (predicting {trivial}: {baseline:.5f})")
 
+    def write_dice(self, dice: float, cases: int, best: bool) -> None:
+        """Write and log the Dice of whole validation scans."""
+        self._append(step=self._step, val_dice=dice, val_cases=cases)
+        if self._ranks.is_main:
+            told = ", the best so far: best.pt" if best else ""
+            tqdm.write(f"step {self._step}: validation Dice {100 * dice:.2f} % over {cases} cases{told}")
+
     def check_finite(self) -> None:
         """Refuse to save what has gone wrong since the last line. Waits for the device.
 

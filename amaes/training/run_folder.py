@@ -24,6 +24,7 @@ from torch import nn
 
 import amaes
 from amaes import checkpoint, distributed, hardware
+from amaes.data.splits import first_difference
 from amaes.files import hold, write_json, write_text
 from amaes.training.earlier import with_later_options
 
@@ -39,6 +40,7 @@ MAY_CHANGE = frozenset(
         *("out", "data", "weights", "fold", "resume", "overwrite", "keep", "log_every", "save_every", "val_every"),
         *("save_minutes", "workers", "device", "compile", "accumulate", "checkpoint_activations"),
         *("on_nan", "on_bad_case", "panels_every", "benchmark", "pretrain_data", "strict_leakage", "near_duplicates"),
+        *("splits_file", "patience"),
     )
 )
 
@@ -217,18 +219,26 @@ class RunFolder:
         Raises:
             ValueError: the store was changed since training began to read it.
         """
-        if not self.ranks.is_main:
-            return
+        if self.ranks.is_main:
+            content = {**self._content(step, network), "optimizer": optimizer.state_dict()}
+            checkpoint.save(self.path / "checkpoints", content, self.keep)
+
+    def save_best(self, step: int, network: nn.Module, dice: float) -> None:
+        """Write `checkpoints/best.pt`: as `save`, without the optimizer, with the Dice on the validation cases."""
+        if self.ranks.is_main:
+            content = {**self._content(step, network), "validation_dice": dice}
+            checkpoint.save_best(self.path / "checkpoints", content)
+
+    def _content(self, step: int, network: nn.Module) -> dict:
         try:
             self.store.check_unchanged()
         except ValueError as error:
             text = "not saved, what was saved before is sound; take another `out`, or write the store as it was"
             raise ValueError(f"step {step}: {error}; {text}") from None
         labels = self.store.labels.items() if self.task == "segment" else ()
-        content = {
+        return {
             "task": self.task,
             "model": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
             "step": step,
             "build": self.build,
             "preprocess": self.store.config,
@@ -242,7 +252,6 @@ class RunFolder:
                 "commit": commit(),
             },
         }
-        checkpoint.save(self.path / "checkpoints", content, self.keep)
 
 
 def _refuse_other_content(folder: Path) -> None:
@@ -307,6 +316,10 @@ def _clear(folder: Path) -> None:
 def _refuse_changes(folder: Path, old: dict, new: dict, form: str) -> None:
     for name in sorted(set(old) | set(new)):
         if name not in MAY_CHANGE and old.get(name) != new.get(name):
+            if name == "splits" and (difference := first_difference(old.get(name, []), new[name])):
+                raise ValueError(
+                    f"the folds differ from those of the run in {folder}: {difference}; take another `out`"
+                )
             shown = form.format(name)
             values = [str(config.get(name)) for config in (new, old)]
             values = [value if len(value) <= 80 else value[:77] + "..." for value in values]

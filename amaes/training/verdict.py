@@ -60,7 +60,7 @@ def of_finetuning(metrics: Path, names: Mapping[int, str]) -> str:
         metrics: the file.
         names: of the classes.
     """
-    lines = [line for line in _lines(metrics) if isinstance(line.get("dice"), float)]
+    lines = [line for line in metrics_lines(metrics) if isinstance(line.get("dice"), float)]
     if not lines:
         return "no verdict: no line of metrics.jsonl has a Dice"
     highest = {k: max((line.get(f"dice_{k}") or 0 for line in lines), default=0) for k in names if k}
@@ -94,7 +94,7 @@ def of_pretraining(metrics: Path, trivial: str, options: Mapping[str, object]) -
         trivial: what is predicted trivially (`Objective.trivial`).
         options: of train_pretrain.py, by name.
     """
-    lines = [line for line in _lines(metrics) if isinstance(line.get("val_loss"), float)]
+    lines = [line for line in metrics_lines(metrics) if isinstance(line.get("val_loss"), float)]
     if not lines:
         return "no verdict: nothing was validated; a larger `val_fraction` keeps volumes for it"
     loss, baseline = lines[-1]["val_loss"], lines[-1]["val_baseline"]
@@ -119,7 +119,7 @@ def _advice(options: Mapping[str, object]) -> str:
     return f"try {', '.join([*tips, 'more `steps`', 'another `lr`'])}"
 
 
-def _lines(path: Path) -> list[dict]:
+def metrics_lines(path: Path) -> list[dict]:
     """The sound lines of metrics.jsonl."""
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else ():

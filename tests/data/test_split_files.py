@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from amaes.data.split_files import hold_out_validation, read_splits, shared_subjects
+from amaes.data.split_files import read_splits, shared_subjects
+from amaes.data.splits import all_cases, hold_out_validation
 from amaes.data.store import Store
 from tests.stores import make_store
 
@@ -108,5 +109,15 @@ def test_validation_is_drawn_by_subject_from_the_test_cases(store):
         hold_out_validation(split, store, 3, 0)
 
 
-def test_subjects_in_two_parts_are_found(store):
-    assert shared_subjects({"train": ids("0"), "test": ids("31")}, store) == ["s00"]
+def test_no_validation_cases_leave_a_fold_as_it_is_and_all_cases_are_one_fold(store):
+    assert hold_out_validation(FOLDS[1], store, 0, 0) == FOLDS[1]
+    assert all_cases(store) == [{"train": ids("012345"), "test": []}]
+
+
+def test_subjects_in_two_parts_are_found_and_told(store, tmp_path):
+    fold = {"train": ids("0"), "test": ids("13")}
+    assert shared_subjects(fold, store) == ["s00"]
+    told = []
+    assert read_splits(write(tmp_path / "a.json", [FOLDS[1], fold]), store, told.append) == [FOLDS[1], fold]
+    assert len(told) == 1
+    assert "fold 1: 1 subjects have cases in several parts, such as s00" in told[0]

@@ -435,7 +435,7 @@ def test_a_runs_record_that_is_something_else(make_run, capsys, file, content):
     ("train", "test", "message"),
     [
         (["d"], ["a", "d"], "1 test cases were trained on, such as 'd'"),
-        (["d"], [], "'test' is []"),
+        (["d"], [], "the fold has no case to test on (--train-cases all, or --splits without any)"),
         (["d"], ["a", "b", "b"], "'test' has 'b' twice"),
         (["d", "d"], ["a"], "'train' has 'd' twice"),
         (["d"], ["a", 7], "'test' is ['a', 7]"),

@@ -64,6 +64,14 @@ def test_voxels_that_are_left_out_are_not_scored(store, monkeypatch):
     assert validation_dice(Oracle(0.1, 0.6), store, ["case00"], (16, 24, 20), RANKS) == pytest.approx(1.0)
 
 
+def test_voxels_that_are_left_out_count_for_neither(store, monkeypatch):
+    monkeypatch.setattr(store, "ignored", 7)
+    label = np.array(store.label("case00"))
+    label[20:22, 30:34, 11:13] = 7  # the 16 voxels of 0.25
+    monkeypatch.setattr(store, "label", lambda id: label)
+    assert validation_dice(Oracle(0.1, 0.6), store, ["case00"], (16, 24, 20), RANKS) == 1
+
+
 def test_a_stop_request_gives_it_up(store):
     asked = iter([False, True])
     assert (

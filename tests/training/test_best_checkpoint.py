@@ -1,0 +1,97 @@
+"""Own folds, validation on whole scans, the best checkpoint, folds that end early: train, continue, evaluate."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import train_finetune
+from amaes import checkpoint
+from amaes.choices import CHECKPOINTS
+from amaes.evaluation.folds import open_run
+from amaes.training import whole_scans
+from tests.launch import TINY, run
+from tests.stores import make_store
+
+ENDING = "--steps 20 --val-every 2 --patience 2"
+
+
+@pytest.fixture
+def finetune(tmp_path, monkeypatch):
+    """Function: fine-tune a fold with these words; the Dice of its validations is as in the list given."""
+    store = make_store(tmp_path / "store", labels=True)
+    rows = ["case,fold,role", "case00,0,train", "case01,0,train", "case02,0,validation", "case03,0,test", ""]
+    (tmp_path / "splits.csv").write_text("\n".join(rows))
+
+    def finetune(dice, words, status=0):
+        given = iter(dice)
+        monkeypatch.setattr(whole_scans, "validation_dice", lambda *_, **__: next(given))
+        options = ("--data", store, "--splits", tmp_path / "splits.csv", "--out", tmp_path / "run", "--workers", 0)
+        return tmp_path / "run" / "fold0", run("train_finetune.py", *options, *TINY, *words.split(), status=status)
+
+    return finetune
+
+
+def lines(fold):
+    return [json.loads(line) for line in (fold / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_best_network_is_kept_and_a_fold_without_progress_ends(finetune):
+    fold, done = finetune([0.25, 0.5, 0.375, 0.5], ENDING)
+    assert [(line["step"], line["val_dice"]) for line in lines(fold) if "val_dice" in line] == [
+        (2, 0.25),
+        (4, 0.5),
+        (6, 0.375),
+        (8, 0.5),
+    ]
+    best = checkpoint.read(fold / "checkpoints" / "best.pt")
+    assert (best["step"], best["validation_dice"], "optimizer" in best) == (4, 0.5, False)
+    assert checkpoint.saved(fold / "checkpoints")[0].name == "step-8.pt"
+    split = json.loads((fold / "config.json").read_text())
+    assert split == {"train": ["case00", "case01"], "validation": ["case02"], "test": ["case03"], "ended_at": 8}
+    assert "best validation Dice 50.00 % at step 4: best.pt; ended at step 8, 2 validations later" in done.stdout
+
+    finetune([], ENDING)  # ended: nothing is done again
+    assert [open_run(fold.parent, which=which).folds[0].checkpoint.name for which in CHECKPOINTS] == [
+        "step-8.pt",
+        "best.pt",
+    ]
+    # These stores cannot be scored; the checkpoint that was taken is told all the same.
+    run("evaluate.py", fold.parent, "--checkpoint", "best", "--space", "store", "--device", "cpu", status=1)
+    used = json.loads((fold.parent / "summary-store.json").read_text())["checkpoints"][0]
+    assert (used["file"], used["step"]) == ("best.pt", 4)
+
+
+def test_a_run_that_continues_knows_its_best_and_refuses_other_folds(finetune, tmp_path):
+    fold, _ = finetune([0.5, 0.25], "--steps 5 --val-every 3 --save-every 4")  # the last step is validated, too
+    (fold / "checkpoints" / "step-5.pt").unlink()  # as if it had been killed before
+    finetune([0.375], "--steps 5 --val-every 3 --save-every 4")
+    assert [(line["step"], line["val_dice"]) for line in lines(fold) if "val_dice" in line] == [(3, 0.5), (5, 0.375)]
+    assert checkpoint.read(fold / "checkpoints" / "best.pt")["step"] == 3
+    splits = tmp_path / "splits.csv"
+    splits.write_text(splits.read_text().replace("case03,0,test", "case03,0,train") + "case04,0,test\n")
+    _, done = finetune([], "--steps 5", status=2)
+    assert "fold 0: case case03 is train, was test; take another --out" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        ("--splits a.json --protocol wmh", ["--splits a.json: --protocol wmh sets the folds; leave one out"]),
+        ("--splits a.json --folds 3", ["--folds 3: --splits a.json names the cases; leave one out"]),
+        (
+            "--patience 2 --fold 7 --transfer all",
+            ["--patience 2: needs validation cases", "--fold 7: accepted: all, or 0 to 5", "--transfer all: accepted"],
+        ),
+        ("--train-cases all --val-cases 2", ["--val-cases 2: --train-cases all leaves no case for validation"]),
+        ("--train-cases some", ["--train-cases: 'some' is not an integer"]),
+    ],
+)
+def test_contradictions_are_told_together(words, messages, capsys):
+    with pytest.raises(SystemExit):
+        train_finetune.parse_options(["--data", "STORE", *words.split()])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for message in messages:
+        assert message in error
