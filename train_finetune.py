@@ -73,7 +73,7 @@ from amaes.models import build_network, ops
 from amaes.objectives.supervised import SupervisedSegmentation
 from amaes.paper.protocols import check_store, saved_folds
 from amaes.training import verdict
-from amaes.training.checks import check_batch, check_patch_size, describe_batch
+from amaes.training.checks import check_batch, check_patch_size, describe_batch, notes_on_patch
 from amaes.training.optim import FinetuneRates, build_optimizer, optimizer_step
 from amaes.training.progress import Progress
 from amaes.training.run_folder import RunFolder
@@ -145,6 +145,8 @@ def main(args: argparse.Namespace) -> int:
     share = Share(args.batch_size, accumulate, ranks.rank, ranks.world)
     log(f"{describe_batch(share, ranks.device, args.steps)}, {args.augment} augmentation")
     log(f"{compiled}, {ops.describe(ranks.device)}")
+    for line in notes_on_patch(args.patch_size, [case.shape for case in store.cases], args.arch):
+        log(line)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16)
     run = Run(objective, store, share, autocast, compiler, Stop(ranks, args.save_minutes))
     for fold, split in enumerate(splits):

@@ -70,7 +70,7 @@ from amaes.mask import check_mask_ratio
 from amaes.models import build_network, ops
 from amaes.pictures import check_matplotlib
 from amaes.training import benchmark, verdict
-from amaes.training.checks import check_batch, check_patch_size, describe_batch
+from amaes.training.checks import check_batch, check_patch_size, describe_batch, notes_on_patch
 from amaes.training.optim import build_optimizer, optimizer_step, set_lr, warmup_cosine
 from amaes.training.panels import draw_panels
 from amaes.training.presets import remark
@@ -143,6 +143,9 @@ def main(args: argparse.Namespace) -> int:
     if published := remark(vars(args)):
         log(published)
     log(f"{args.objective}: {len(data.train)} volumes to train on, {len(data.validation)} to validate on")
+    shapes = [case.shape for case in data.store.cases]
+    for line in notes_on_patch(args.patch_size, shapes, args.arch, args.token_size or 1):
+        log(line)
     if few := verdict.few_volumes(len(data.validation)):
         log(f"WARNING: {few}")
     if objective.views > 1 and run.share.of_micro_step < 2:

@@ -35,6 +35,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "preprocess": Command("amaes.preprocess", "turn NIfTI files into a store"),
+    "store": Command("amaes.data", "say what a store holds"),
     "pretrain": Command("train_pretrain.py", "pretrain a network on a store, without labels"),
     "finetune": Command("train_finetune.py", "train a segmentation network, from pretrained weights or from scratch"),
     "evaluate": Command("evaluate.py", "measure fine-tuned networks on their test cases"),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from amaes.data.order import Share
 from amaes.models import build_encoder
+
+MOSTLY_INSIDE = 0.75  # of a patch; where less of it lies inside of the median case, a smaller one is advised
 
 
 def check_patch_size(patch_size: Sequence[int], arch: str, token_size: int = 1) -> None:
@@ -41,6 +44,33 @@ def check_patch_size(patch_size: Sequence[int], arch: str, token_size: int = 1) 
             f"`patch_size` {sides}: leaves {left} voxels at the coarsest stage, too few for its norms; {accepted} that "
             f"leave {fewest} or more, one for {stride} x {stride} x {stride}"
         )
+
+
+def notes_on_patch(
+    patch_size: Sequence[int], shapes: Sequence[Sequence[int]], arch: str, token_size: int = 1
+) -> list[str]:
+    """A line where much of a patch lies outside of the median case, with the patch to take instead.
+
+    Args:
+        patch_size, arch, token_size: see `check_patch_size`, which accepts them.
+        shapes: of the cases.
+    """
+    with torch.device("meta"):
+        unit = math.lcm(build_encoder(arch).strides[-1], token_size)
+    median = [int(side) for side in np.median(shapes, axis=0)]
+    inside = math.prod(map(min, patch_size, median)) / math.prod(patch_size)
+    better = [min(side, max(2, of_case // unit) * unit) for side, of_case in zip(patch_size, median, strict=True)]
+    if inside >= MOSTLY_INSIDE or better == list(patch_size):
+        return []
+    try:
+        check_patch_size(better, arch, token_size)
+    except ValueError:  # too few voxels at the coarsest stage
+        return []
+    sides, case, instead = (" ".join(map(str, numbers)) for numbers in (patch_size, median, better))
+    text = (
+        f"{1 - inside:.0%} of a patch of {sides} lies outside of the median case ({case}), and takes time all the same"
+    )
+    return [f"note: {text}; `patch_size` {instead} fits"]
 
 
 def check_batch(batch_size: int, world: int, accumulate: int | str) -> None:

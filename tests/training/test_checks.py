@@ -31,6 +31,29 @@ def test_a_patch_must_leave_the_coarsest_stage_enough_voxels():
             checks.check_patch_size(patch, arch)
 
 
+@pytest.mark.parametrize(
+    ("patch", "instead"),
+    [
+        ((128, 128, 128), "32 48 32"),
+        ((48, 48, 32), "32 48 32"),
+        ((32, 64, 64), "32 48 32"),
+        ((32, 48, 32), None),
+        ((32, 48, 48), None),  # exactly a quarter of it lies outside
+        ((16, 32, 32), None),
+    ],
+)
+def test_a_patch_larger_than_the_median_case_is_noted_with_one_that_fits(patch, instead):
+    shapes = [(30, 40, 24), (35, 50, 36), (41, 59, 47)]
+    notes = checks.notes_on_patch(patch, shapes, "unet_tiny")
+    assert [note.partition("`patch_size` ")[2] for note in notes] == ([] if instead is None else [f"{instead} fits"])
+    if patch == (128, 128, 128):
+        assert "note: 97% of a patch of 128 128 128 lies outside of the median case (35 50 36)" in notes[0]
+
+
+def test_no_patch_is_advised_that_the_network_refuses():
+    assert checks.notes_on_patch((16, 16, 128), [(16, 16, 20)], "unet_tiny") == []  # 16 16 32 leaves too few voxels
+
+
 def test_batches_must_be_shared_out():
     checks.check_batch(8, 2, "auto")
     checks.check_batch(8, 2, 4)
