@@ -24,8 +24,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = cli.Parser(
         description="Dice of every fold of a run on its test cases; further runs are compared with the first, case by "
-        "case. Writes RUN/fold<k>/predictions and results.json, RUN/summary.json, summary.md and cases.csv; with "
-        "--space store and --protocol files of their own. Metrics measured before are measured again and kept."
+        "case. Writes RUN/fold<k>/predictions and results.json, RUN/summary.json, summary.md, cases.csv and "
+        "report.html; --space store and --protocol write files of their own. Metrics measured before are kept."
     )
     add = parser.add_argument
     add("runs", type=Path, nargs="*", metavar="RUN", help="folder written by train_finetune.py")
@@ -87,6 +87,7 @@ from amaes import checkpoint
 from amaes.data.store import Store
 from amaes.distributed import pick_device
 from amaes.evaluation import scores, tables
+from amaes.evaluation.case_pictures import draw_cases
 from amaes.evaluation.folder_scores import folder_note, measure_folder
 from amaes.evaluation.folds import Fold, Run, check_cases, check_classes, open_run, pretraining_options
 from amaes.evaluation.measure import metrics_with_earlier, predict_and_measure
@@ -189,7 +190,10 @@ def evaluate_run(run: Run, args: argparse.Namespace, device: torch.device) -> tu
         pretraining = pretraining_options(run.options)
         summary["paper"] = compare_with_paper(run.options, summary, args.protocol, pretraining)
         text += "\n" + comparison_text(summary["run"], summary, summary["paper"])
-    write_results(run.path, suffix, summary, results, text)
+    drawn = draw_cases(run.path / f"cases{suffix}.png", run, results, args.space)
+    pictures = {"The worst cases, the median and the best": drawn}
+    pictures |= {f"Training of fold {fold.number}": fold.folder / "progress.png" for fold in run.folds}
+    write_results(run.path, suffix, summary, results, text, pictures)
     return summary, results, text
 
 
@@ -198,7 +202,7 @@ def evaluate_folder(folder: Path, args: argparse.Namespace) -> tuple[dict, list[
     measured = {"metrics": args.metrics, "empty": args.empty, "tau": args.tau}
     summary, results = measure_folder(folder, args.labels, measured=measured, missing=args.missing)
     text = tables.run_tables(summary["run"], summary, summary["labels"], folder_note(summary))
-    write_results(folder, "", summary, results, text)
+    write_results(folder, "", summary, results, text, pictures={})
     return summary, results, text
 
 

@@ -69,19 +69,23 @@ def check_matplotlib(parameter: str) -> None:
 
 
 def middle_slices(
-    volume: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0), pixel: float | None = None
+    volume: np.ndarray,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    pixel: float | None = None,
+    at: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
-    """The axial, coronal and sagittal slice through the middle voxel, in true proportions.
+    """The axial, coronal and sagittal slice through the middle voxel, or another, in true proportions.
 
     Args:
         volume: (X, Y, Z), RAS+; image or label, never interpolated: each pixel takes the voxel it lies in.
         spacing: of the voxels, mm.
         pixel: side of a pixel, mm; the smallest spacing by default.
+        at: (x, y, z), the voxel that the slices go through; the middle one by default.
 
     Returns:
         (Y, X), (Z, X) and (Z, Y) in voxels, where all spacings equal `pixel`.
     """
-    x, y, z = (side // 2 for side in volume.shape)
+    x, y, z = at or (side // 2 for side in volume.shape)
     across, along, up = (mm / (pixel or min(spacing)) for mm in spacing)  # pixels per voxel
     return [
         _enlarge(volume[:, ::-1, z].T, along, across),

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: the summary as JSON and Markdown, and a row per case and class as CSV."""
+"""What an evaluation leaves: the summary as JSON and Markdown, a row per case and class as CSV, a page of HTML."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from amaes.evaluation.report import report_html
 from amaes.evaluation.scores import nan_to_null
 from amaes.files import write_json, write_text
 
 FIRST_COLUMNS = ("fold", "case", "subject", "class", "name", "n_ref", "n_pred", "status")
 
 
-def write_results(folder: Path, suffix: str, summary: Mapping, folds: Sequence[Mapping], text: str) -> None:
-    """Write summary.json, summary.md and cases.csv.
+def write_results(
+    folder: Path,
+    suffix: str,
+    summary: Mapping,
+    folds: Sequence[Mapping],
+    text: str,
+    pictures: Mapping[str, Path | None],
+) -> None:
+    """Write summary.json, summary.md, cases.csv and report.html.
 
     Args:
         folder: of the run, or of the predictions.
@@ -23,7 +31,11 @@ def write_results(folder: Path, suffix: str, summary: Mapping, folds: Sequence[M
         summary: with "labels", class number (as text) to name.
         folds: each with "fold" and "cases".
         text: Markdown of the summary.
+        pictures: for the report, caption to PNG file; those that are not there are left out.
     """
+    drawn = {caption: path for caption, path in pictures.items() if path is not None and path.is_file()}
+    report = report_html(f"Evaluation of {folder.absolute().name}", text, folds, summary["labels"], drawn)
+    write_text(folder / f"report{suffix}.html", report)
     write_json(folder / f"summary{suffix}.json", nan_to_null(summary))
     write_text(folder / f"summary{suffix}.md", text)
     write_text(folder / f"cases{suffix}.csv", cases_as_csv(folds, summary["labels"]))

@@ -79,6 +79,16 @@ class NativeSpace:
         labels, ignored = _left_out(labels) if leaves_out else (labels, None)
         return Reference(labels, header.ras_spacing, warnings, header, ignored)
 
+    def image(self, id: str, reference: Reference) -> np.ndarray:
+        """The first channel of the scan, (X, Y, Z) in RAS; ValueError where it has another grid than the reference."""
+        path = Path(next(file for file in self._store.properties(id)["source_files"] if file is not None))
+        channels = len(self._store.channels) if len(self._store.properties(id)["source_files"]) == 1 else 1
+        _, data = read_file(path, self._config, channels, reference.header)
+        image = data if data.ndim == 3 else data[..., 0]
+        if image.shape != reference.labels.shape:
+            raise ValueError(f"{path}: has another grid than its label")
+        return np.nan_to_num(np.asarray(image, np.float32))
+
     def prediction(self, id: str, reference: Reference) -> np.ndarray:
         """Class numbers (X, Y, Z) in RAS on the label's grid; RejectedInput where that is another and stays so."""
         return read_label(self.path(id), reference.header, self._config, reference.warnings)[0]
@@ -121,6 +131,10 @@ class StoreSpace:
         if self._store.ignored is not None:
             labels, ignored = _left_out(labels)
         return Reference(labels, spacing, [], ignored=ignored)
+
+    def image(self, id: str, reference: Reference) -> np.ndarray:
+        """The first channel of the preprocessed volume, (X, Y, Z)."""
+        return np.asarray(self._store.image(id)[0], np.float32)
 
     def prediction(self, id: str, reference: Reference) -> np.ndarray:
         """Class numbers, (X, Y, Z); ValueError where the file holds something else."""

@@ -1,13 +1,18 @@
-"""What evaluate.py leaves of every case, and the scores of folders of predictions."""
+"""What evaluate.py leaves of every case, its report, and the scores of folders of predictions."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from amaes.evaluation.case_pictures import choose_cases
+from amaes.evaluation.report import markdown_to_html, report_html
+from amaes.evaluation.tables import markdown_table, markdown_text
 from tests.conftest import save_nifti
 from tests.evaluation.test_evaluate import BLOB, LPS, MOVED, SHAPE, make_run, run, store  # noqa: F401 (fixtures)
 
@@ -103,3 +108,104 @@ def test_wrong_uses_are_one_line(tmp_path, capsys, monkeypatch, options, message
     status, out, err = run(capsys, *options)
     assert (status, out) == (2, "")
     assert message in err.splitlines()[-1]
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+def fold_of(*dice):
+    return {
+        "fold": 0,
+        "cases": [{"id": f"c{k}", "classes": {"1": {"dice": v}, "all": {"dice": 0}}} for k, v in enumerate(dice)],
+    }
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("dice", "expected"),
+    [
+        ([], []),
+        ([NAN], []),
+        ([0.5], ["worst c0"]),
+        ([0.9, 0.1, NAN], ["worst c1", "2. worst c0"]),
+        (
+            [0.1 * k for k in range(9, -1, -1)],  # c9 is the worst
+            ["worst c9", "2. worst c8", "3. worst c7", "4. worst c6", "5. worst c5", "median c4", "best c0"],
+        ),
+    ],
+)
+def test_the_worst_the_median_and_the_best_are_chosen_once(dice, expected):
+    assert [f"{case.title} {case.id}" for case in choose_cases([fold_of(*dice)])] == expected
+
+
+class Tags(HTMLParser):
+    """Checks that every tag is closed, and keeps what the page would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.tags = [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_markdown_of_our_tables_becomes_html():
+    table = markdown_table(["class", "**Dice %**"], [["<b>a|[x](y)", "**1**"], ["–", ""]])
+    page = markdown_to_html(
+        f"## {markdown_text('run_[1] & <i>')}\n\nOne\ntwo\n\n{table}\n\nNot:\n- a\n- b\n\n1. x\n2. y\n"
+    )
+    assert "<h2>run_[1] &amp; &lt;i&gt;</h2>" in page
+    assert "<p>One\ntwo</p>" in page
+    assert "<tr><th>class</th><th><b>Dice %</b></th></tr>" in page
+    assert "<tr><td>&lt;b&gt;a/[x](y)</td><td><b>1</b></td></tr>\n<tr><td>–</td><td></td></tr>" in page
+    assert "<p>Not:</p><ul><li>a</li><li>b</li></ul>\n<ul><li>x</li><li>y</li></ul>" in page
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+
+
+@pytest.mark.parametrize("options", [[], ["--space", "store"]], ids=["native", "store"])
+def test_the_report_is_one_file(make_run, capsys, options):  # noqa: F811
+    folder = make_run("first", 0.5, [["a", "b"], ["b", "c"]])
+    for k in (0, 1):
+        (folder / f"fold{k}" / "progress.png").write_bytes(b"picture")
+    assert run(capsys, folder, "--metrics", "dice", *options)[0] == 0
+    suffix = "-store" if options else ""
+    page = (folder / f"report{suffix}.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert not tags.tags & {"script", "link", "iframe"}
+    assert all(source.startswith("data:image/png;base64,") for source in tags.sources)
+    assert page.count("Training of fold") == 4  # caption and alternative text
+    assert "62.50" in page
+    assert re.search(r"<td>1</td><td>c</td><td>c</td><td>0.00</td>", page)
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    case = {"id": "<script>x</script>", "subject": "&", "classes": {"1": {"dice": 0.5}}}
+    page = report_html("<i>", "", [{"fold": 0, "cases": [case]}], {"1": "<u>"}, {'"><script>': tmp_path / "a.png"})
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.tags & {"script", "i", "u"}
+
+
+@pytest.mark.parametrize("options", [[], ["--space", "store"]], ids=["native", "store"])
+def test_cases_are_drawn(make_run, capsys, options):  # noqa: F811
+    image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
+    folder = make_run("first", 0.5, [["a", "b"], ["b", "c"]])
+    run(capsys, folder, "--metrics", "dice", *options)
+    suffix = "-store" if options else ""
+    drawn = image.imread(folder / f"cases{suffix}.png")[:, :, :3]
+    orange = np.abs(drawn - np.array([230, 159, 0]) / 255).max(axis=2) < 0.01
+    assert orange.any()  # outlines of class 1
+    assert "data:image/png;base64,iVBOR" in (folder / f"report{suffix}.html").read_text()

@@ -1,0 +1,94 @@
+"""Pictures of the cases that a run segments worst, in the middle and best: outlines of reference and prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from amaes.evaluation.folds import Run
+from amaes.evaluation.predictions import SPACES
+from amaes.pictures import Panel, Row, hstack, middle_slices, write_sheet
+
+WORST = 5
+SIDE = 140  # pixels of a slice, about
+
+
+class Chosen(NamedTuple):
+    """A case to draw: why, the position of its fold, its id and its Dice, in [0, 1]."""
+
+    title: str
+    fold: int
+    id: str
+    dice: float
+
+
+def choose_cases(folds: Sequence[Mapping]) -> list[Chosen]:
+    """The five worst cases, the median and the best by mean Dice of the foreground classes, each once.
+
+    Args:
+        folds: each with "cases"; a case without a defined Dice is left out.
+    """
+    scored = []
+    for k, fold in enumerate(folds):
+        for case in fold["cases"]:
+            values = [row["dice"] for name, row in case["classes"].items() if name != "all"]
+            defined = [value for value in values if not math.isnan(value)]
+            if defined:
+                scored.append((sum(defined) / len(defined), k, case["id"]))
+    scored.sort()
+    titles = {place: f"{place + 1}. worst" if place else "worst" for place in range(min(WORST, len(scored)))}
+    for place, title in ((len(scored) // 2, "median"), (len(scored) - 1, "best")):
+        titles.setdefault(place, title)
+    return [Chosen(titles[place], *scored[place][1:], scored[place][0]) for place in sorted(titles) if scored]
+
+
+def draw_cases(path: Path, run: Run, folds: Sequence[Mapping], space: str) -> Path | None:
+    """Write the cases of `choose_cases` as one sheet, three slices through each, reference beside prediction.
+
+    Args:
+        path: of the PNG file.
+        run: its folds have predictions.
+        folds: the results of those folds, in the same order.
+        space: "native" or "store".
+
+    Returns:
+        The path; None where matplotlib is not installed, or no case has a Dice.
+    """
+    chosen = choose_cases(folds)
+    if not chosen or find_spec("matplotlib") is None:
+        return None
+    rows = []
+    for case in chosen:
+        fold = run.folds[case.fold]
+        grid = SPACES[space](run.store, fold.folder / f"predictions{fold.suffix}", fold.ignored_label)
+        title = f"{case.title}: {case.id}, fold {fold.number}, Dice {100 * case.dice:.1f} %"
+        try:
+            reference = grid.reference(case.id)
+            prediction = grid.prediction(case.id, reference)
+            rows.append(
+                Row(title, _panels(grid.image(case.id, reference), reference.labels, prediction, reference.spacing))
+            )
+        except (OSError, ValueError) as error:  # a file that went away since it was measured
+            rows.append(Row(f"{title}: {error}", [Panel(np.zeros((8, 8)))]))
+    write_sheet(path, f"{run.path.name}: outlines of the classes, reference and prediction", rows)
+    return path
+
+
+def _panels(image: np.ndarray, reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> list[Panel]:
+    """Reference and prediction over the same slices, where most of both is seen."""
+    both = (reference > 0) | (prediction > 0)
+    at = [int(np.argmax(both.sum(axis=tuple(k for k in range(3) if k != axis)))) for axis in range(3)]
+    pixel = max(side * mm for side, mm in zip(image.shape, spacing, strict=True)) / SIDE
+    low, high = np.percentile(image, (1, 99.5))
+    grey = (image - low) / max(high - low, 1e-6)
+    slices = {"spacing": spacing, "pixel": pixel, "at": at}
+    shown = hstack(middle_slices(grey, **slices))
+    return [
+        Panel(shown, caption, label=hstack(middle_slices(labels, **slices)))
+        for caption, labels in (("reference", reference), ("prediction", prediction))
+    ]
