@@ -128,6 +128,15 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path):
     assert cli.output_file("x" * 9999) == Path("x" * 9999)  # writing says what is wrong
 
 
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"pretrain", "finetune"}))  # those: training/test_options.py
+def test_help_needs_no_torch(name):
+    code = "import sys; sys.modules['torch'] = None; from amaes.__main__ import main; main()"
+    command = [sys.executable, "-c", code, name, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: amaes {name} ")
+
+
 @pytest.mark.slow
 def test_commands_run_and_report_under_their_own_name(tmp_path):
     for number in range(2):

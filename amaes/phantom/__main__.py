@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from amaes.cli import Parser, non_negative_int, positive_int, real, run, seed
-from amaes.phantom.scan import FOV, SIGNAL
-from amaes.phantom.write import write_phantoms
+from amaes.phantom.tables import FOV, SIGNAL
 
 
 def main() -> int:
@@ -21,6 +20,8 @@ def main() -> int:
     parser.add_argument("--first", type=non_negative_int, default=1, help="number of the first subject")
     parser.add_argument("--seed", type=seed, default=0, help="of the whole set")
     args = vars(parser.parse_args())
+    from amaes.phantom.write import write_phantoms  # needs torch, without which --help answers at once
+
     folder = write_phantoms(args.pop("out"), **args)
     sys.stdout.write(f"{len(args['sequences']) * args['subjects']} scans of {args['subjects']} heads in {folder}\n")
     return 0

@@ -14,7 +14,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from amaes.phantom.scan import LABELS, SCANNERS, SIGNAL, Scanner, phantom
+from amaes.phantom.scan import phantom
+from amaes.phantom.tables import LABELS, SCANNERS, SIGNAL, Scanner
 from amaes.preprocess.config import Config
 from amaes.preprocess.find_cases import collect
 from amaes.preprocess.write_store import write_store
