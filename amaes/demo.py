@@ -173,6 +173,13 @@ def run_step(command: list[str], log: Path, shown: bool) -> int:
             raise
 
 
+def report_failure(name: str, status: int, log: Path) -> int:
+    """Show the end of a failed step's output; returns the exit status for it."""
+    say("\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-TAIL:]))
+    sys.stderr.write(f"{name}: status {status}; its output is in {log}\n")
+    return status if status > 0 else 128 - status  # a signal, counted as shells do
+
+
 def say(text: str) -> None:
     """Write a line to standard output at once."""
     sys.stdout.write(text + "\n")
@@ -191,9 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         status = run_step(command, log, shown=number == len(todo))
         seconds[name] = time.perf_counter() - began
         if status:
-            say("\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-TAIL:]))
-            sys.stderr.write(f"{name}: status {status} after {seconds[name]:.0f} s; its output is in {log}\n")
-            return status if status > 0 else 128 - status  # a signal, counted as shells do
+            return report_failure(name, status, log)
         say(f"  {seconds[name]:.1f} s\n")
     say("\n".join(finished(args)) + "\n")
     say("The fine-tunings differ in --weights and --out alone. The commands that made the table, and their seconds:\n")

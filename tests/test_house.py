@@ -30,6 +30,7 @@ STATIONS = [
     {"paper"},
     {"predict", "export", "phantom", "__main__"},
     {"demo"},
+    {"worth_it"},
 ]
 LEVEL = {station: level for level, stations in enumerate(STATIONS) for station in stations}
 COMMANDS = len(STATIONS)  # the level of the command line of a folder, its __main__.py

@@ -136,7 +136,7 @@ def draw_augmentation(path: Path, work: Path) -> None:
 def draw_prediction(path: Path, work: Path) -> None:
     """Test heads of fold 0: the slice with the most lesion, as it is, with the reference, with the prediction."""
     scans, fold = work / "lesions", work / "finetune" / "fold0"
-    cases = {case["case"]: case["classes"] for case in json.loads((fold / "results.json").read_text())["cases"]}
+    cases = {case["id"]: case["classes"] for case in json.loads((fold / "results.json").read_text())["cases"]}
     rows = []
     for name in sorted(cases)[:3]:
         image, label, prediction = (

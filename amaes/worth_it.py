@@ -1,0 +1,275 @@
+"""Is pretraining worth it on my data? Pretrain, fine-tune with few labelled cases with and without it, and one page.
+
+    python -m amaes.worth_it --unlabelled SCANS --images IMAGES --labels LABELS --cases 5 10 20 --seeds 3 --out RUN
+
+Runs the commands that a user would type, for a night or more, and says the hours ahead. For every number of labelled
+cases, fold and seed it trains two networks on the same cases, from scratch and from the pretrained encoder, and tests
+both on all other labelled cases. RUN/worth-it.md says what came out. The same command again continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+
+from amaes import cli
+from amaes.choices import DEVICES
+from amaes.demo import printed, report_failure, run_step, say, start_of
+from amaes.files import read_json, write_json, write_text
+from amaes.models.build import ARCHITECTURES
+
+STARTS = ("scratch", "pretrained")
+SURE = 0.95  # of the intervals
+MEANING = """\
+What it can claim. The interval is over pairs of networks, which had the same labelled cases and the same seed: where it
+leaves out 0, another draw of cases and seed is expected to come out the same way. Networks of one fold share their
+labelled cases, so that it is a little too narrow. The p value is of the two-sided Wilcoxon signed-rank test over the
+tested cases, each the mean of the networks that tested it: a small one says that these networks differ on such cases,
+not that networks trained again would, since all cases share them. Scans that were tested and that pretraining has seen,
+without labels, are listed in `leakage.json` of each pretrained run."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Networks with one number of labelled cases: their Dice in percent, pair by pair, and p over the tested cases."""
+
+    cases: int
+    scratch: list[float]
+    pretrained: list[float]
+    tested: int
+    p: float
+
+    @property
+    def differences(self) -> list[float]:
+        return [b - a for a, b in zip(self.scratch, self.pretrained, strict=True)]
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = cli.Parser(description="Find out whether pretraining helps on your data.")
+    add = parser.add_argument
+    add("--unlabelled", type=Path, required=True, metavar="DIR", help="NIfTI files to pretrain on")
+    add("--images", type=Path, required=True, metavar="DIR", help="NIfTI files of the labelled cases")
+    add("--labels", type=Path, required=True, metavar="DIR", help="their labels, of the same names")
+    add("--out", type=Path, default=Path("runs/worth-it"), metavar="RUN", help="folder for everything")
+    explanation = "numbers of labelled cases to train on; all others are tested"
+    add("--cases", type=cli.positive_int, nargs="+", default=[5, 10, 20], metavar="N", help=explanation)
+    add("--folds", type=cli.folds, default=3, metavar="N", help="choices of those cases")
+    add("--seeds", type=cli.folds, default=3, metavar="N", help="networks of each choice and start")
+    add("--arch", choices=list(ARCHITECTURES), default="unet_b", help="network")
+    parser.add_patch_size(add)
+    add("--pretrain-steps", type=cli.positive_int, default=10_000, metavar="N", help="optimizer steps of pretraining")
+    add("--finetune-steps", type=cli.positive_int, default=2500, metavar="N", help="optimizer steps of each network")
+    add("--device", choices=DEVICES, default="auto", help="auto: CUDA where there is a GPU")
+    explanation = "further options of %s, in quotes and after =, e.g. --%s='--lr 1e-3'"
+    for name in ("preprocess", "pretrain", "finetune"):
+        add(f"--{name}", default="", metavar="OPTIONS", help=explanation % (name, name))
+    args = parser.parse_args(argv)
+    args.patch_size = parser.three_sides(args.patch_size)
+    args.cases = sorted(set(args.cases))
+    return args
+
+
+def steps(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The command lines, by name, in order."""
+    out, device = shlex.quote(str(args.out)), args.device
+    command = {name: shlex.join(start_of(name)) for name in ("preprocess", "pretrain", "finetune", "evaluate")}
+    images, labels, unlabelled = (shlex.quote(str(path)) for path in (args.images, args.labels, args.unlabelled))
+    patch = " ".join(map(str, args.patch_size))
+    network = f"--arch {args.arch} --patch-size {patch} --device {device}"
+    lines = {
+        "preprocess-unlabelled": f"{command['preprocess']} --images {unlabelled} --out {out}/stores/unlabelled "
+        f"{args.preprocess}",
+        "preprocess-labelled": f"{command['preprocess']} --images {images} --labels {labels} "
+        f"--out {out}/stores/labelled {args.preprocess}",
+        "pretrain": f"{command['pretrain']} --data {out}/stores/unlabelled {network} --steps {args.pretrain_steps} "
+        f"--val-fraction 0.1 --crop patch --out {out}/pretrain {args.pretrain}",
+    }
+    weights = {"scratch": "scratch", "pretrained": f"{out}/pretrain/checkpoints/step-{args.pretrain_steps}.pt"}
+    for cases in args.cases:
+        runs = {(start, seed): f"{out}/{name_of(cases, start, seed)}" for seed in range(args.seeds) for start in STARTS}
+        for (start, seed), run in runs.items():
+            lines[f"finetune-{name_of(cases, start, seed)}"] = (
+                f"{command['finetune']} --data {out}/stores/labelled {network} --steps {args.finetune_steps} "
+                f"--folds {args.folds} --train-cases {cases} --augment spatial --seed {seed} "
+                f"--weights {weights[start]} --out {run} {args.finetune}"
+            )
+        lines[f"evaluate-{cases}"] = f"{command['evaluate']} {' '.join(runs.values())} --metrics dice --device {device}"
+    return {name: shlex.split(line) for name, line in lines.items()}
+
+
+def name_of(cases: int, start: str, seed: int) -> str:
+    """Of the run of `folds` networks."""
+    return f"{cases}-cases-{start}-seed{seed}"
+
+
+def ahead(todo: Sequence[str], seconds: Mapping[str, float]) -> str:
+    """One line: what is left to do, and how long that will take, as far as the steps before tell.
+
+    Args:
+        todo: names of all steps.
+        seconds: of those that are done.
+    """
+    left = [name for name in todo if name not in seconds]
+    hours, unknown = 0.0, []
+    for kind in dict.fromkeys(name.split("-")[0] for name in left):
+        known = [value for name, value in seconds.items() if name.split("-")[0] == kind]
+        count = sum(name.split("-")[0] == kind for name in left)
+        if known:
+            hours += count * sum(known) / len(known) / 3600
+        else:
+            unknown.append(f"{count} x {kind}")
+    text = f"{len(todo) - len(left)} of {len(todo)} steps done, {timedelta(hours=round(hours, 2))} ahead"
+    return f"{text}, without {', '.join(unknown)}, not known yet" if unknown else text
+
+
+# What came out --------------------------------------------------------------------------------------------------------
+
+
+def read_comparison(args: argparse.Namespace, cases: int) -> Comparison:
+    """The networks of one number of labelled cases, from what `evaluate` wrote."""
+    from amaes.evaluation.scores import compare_runs  # takes a second to import
+
+    folds = {}
+    for start in STARTS:
+        runs = [args.out / name_of(cases, start, seed) for seed in range(args.seeds)]
+        files = [run / f"fold{fold}" / "results.json" for run in runs for fold in range(args.folds)]
+        folds[start] = [_null_to_nan(read_json(file)) for file in files]
+    of_cases = compare_runs(*folds.values())["mean"]
+    dice = {start: [100 * fold["dice"] for fold in of_start] for start, of_start in folds.items()}
+    return Comparison(cases, dice["scratch"], dice["pretrained"], of_cases["n"], of_cases["p"])
+
+
+def _null_to_nan(content: object) -> object:
+    if isinstance(content, dict):
+        return {key: _null_to_nan(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_null_to_nan(value) for value in content]
+    return math.nan if content is None else content
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its interval (Student's t) at the level SURE; NaN ends for fewer than two values."""
+    from scipy.stats import t
+
+    count, mean = len(values), sum(values) / len(values)
+    if count < 2:
+        return mean, math.nan, math.nan
+    sd = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    half = float(t.ppf(0.5 + SURE / 2, count - 1)) * sd / math.sqrt(count)
+    return mean, mean - half, mean + half
+
+
+def verdict(comparisons: Sequence[Comparison]) -> str:
+    """One line: with how many labelled cases the pretrained encoder was ahead, by how much, and where not."""
+    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": []}
+    for row in comparisons:
+        mean, low, high = mean_interval(row.differences)
+        where = "ahead" if low > 0 else "behind" if high < 0 else "open"
+        groups[where].append(f"{row.cases} ({mean:+.1f} points, {low:+.1f} to {high:+.1f})")
+    texts = {"ahead": "worth it with {}", "behind": "worse than scratch with {}", "open": "no difference shown with {}"}
+    parts = [texts[where].format(", ".join(rows)) for where, rows in groups.items() if rows]
+    return f"Pretraining here: {'; '.join(parts)} labelled cases"
+
+
+def page(comparisons: Sequence[Comparison], commands: Sequence[str], picture: str | None) -> str:
+    """The page, Markdown: the verdict, a table, the picture, what it can claim, the commands."""
+    rows = []
+    for row in comparisons:
+        mean, low, high = mean_interval(row.differences)
+        wins = sum(difference > 0 for difference in row.differences)
+        cells = [row.cases, *(f"{_mean(values):.2f} ± {_sd(values):.2f}" for values in (row.scratch, row.pretrained))]
+        cells += [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", f"{wins} of {len(row.differences)}", row.tested]
+        rows.append("| " + " | ".join(map(str, [*cells, f"{row.p:.2g}"])) + " |")
+    head = "| labelled | scratch | pretrained | difference (95 % interval) | networks ahead | tested | p over cases |"
+    parts = [
+        "# Is pretraining worth it here?",
+        f"**{verdict(comparisons)}.**",
+        "Dice in percent, mean ± sd over networks (folds and seeds), and the mean of the paired differences.",
+        "\n".join([head, "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |", *rows]),
+        *([f"![Dice against labelled cases]({picture})"] if picture else []),
+        MEANING,
+        "## Commands\n\n```\n" + "\n".join(commands) + "\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _sd(values: Sequence[float]) -> float:
+    mean = _mean(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else math.nan
+
+
+def draw_curve(path: Path, comparisons: Sequence[Comparison]) -> None:
+    """Write the learning curve, Dice against the number of labelled cases, with the sd over networks, as a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    cases = [row.cases for row in comparisons]
+    for start, colour in zip(STARTS, ("#555555", "#0072b2"), strict=True):
+        values = [getattr(row, start) for row in comparisons]
+        axes.errorbar(cases, [_mean(v) for v in values], [_sd(v) for v in values], color=colour, capsize=3, label=start)
+        for count, of_count in zip(cases, values, strict=True):
+            axes.plot([count] * len(of_count), of_count, ".", color=colour, alpha=0.4)
+    axes.set(xscale="log", xlabel="labelled cases", ylabel="Dice, %")
+    axes.set_xticks(cases, labels=map(str, cases), minor=False)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run every step that is not done yet; returns the exit status of the first that fails, else 0."""
+    args = parse_options(argv)
+    todo, record = steps(args), args.out / "worth-it.json"
+    done = read_json(record) if record.is_file() else {}  # {step: {"command", "seconds"}}
+    done = {name: done[name] for name, words in todo.items() if name in done and done[name]["command"] == words}
+    (args.out / "logs").mkdir(parents=True, exist_ok=True)
+    for name, command in todo.items():
+        if name in done:
+            continue
+        if name == "pretrain":
+            check_cases(args)
+        say(f"{ahead(list(todo), {step: entry['seconds'] for step, entry in done.items()})}\n$ {printed(command)}")
+        began, log = time.perf_counter(), args.out / "logs" / f"{name}.log"
+        if status := run_step(command, log, shown=False):
+            return report_failure(name, status, log)
+        done[name] = {"command": command, "seconds": round(time.perf_counter() - began, 1)}
+        write_json(record, done)
+        if name == "pretrain":
+            say(log.read_text(errors="replace").rstrip().rpartition("\n")[2])
+    comparisons = [read_comparison(args, cases) for cases in args.cases]
+    picture = "worth-it.png" if find_spec("matplotlib") else None
+    if picture:
+        draw_curve(args.out / picture, comparisons)
+    write_text(args.out / "worth-it.md", page(comparisons, [printed(command) for command in todo.values()], picture))
+    say(f"{args.out / 'worth-it.md'}: {verdict(comparisons)}")
+    return 0
+
+
+def check_cases(args: argparse.Namespace) -> None:
+    """Refuse more labelled cases for training than there are, before pretraining.
+
+    Raises:
+        ValueError: names the number, and how many there are.
+    """
+    labelled = sum(case["labelled"] for case in read_json(args.out / "stores" / "labelled" / "dataset.json")["cases"])
+    if args.cases[-1] >= labelled:
+        raise ValueError(f"`cases` {args.cases[-1]}: {labelled} cases are labelled, at least one must be left to test")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,134 @@
+"""Whether pretraining is worth it: the commands, what continues, the numbers of the page. No network is trained."""
+
+import json
+import math
+import shlex
+import sys
+
+import pytest
+
+import evaluate
+import train_finetune
+import train_pretrain
+from amaes import worth_it
+from amaes.worth_it import Comparison
+
+
+def options(out, *more):
+    words = ("--unlabelled", "u", "--images", "my scans", "--labels", "l", "--out", out, "--cases", 9, 3, *more)
+    return worth_it.parse_options([*map(str, words)])
+
+
+def test_the_commands_are_understood_and_pairs_differ_in_weights_and_folder_alone(tmp_path):
+    found = worth_it.steps(
+        options(tmp_path, "--folds", 2, "--seeds", 2, "--finetune=--warmup 0.1", "--arch", "unet_tiny")
+    )
+    words = {
+        name: command[command.index("--images" if "preprocess" in name else "--data") :]
+        for name, command in found.items()
+        if not name.startswith("evaluate")
+    }
+    assert words["preprocess-labelled"][1] == "my scans"
+    pretrain = train_pretrain.parse_options(words["pretrain"])
+    assert (pretrain.steps, pretrain.arch, pretrain.patch_size) == (10_000, "unet_tiny", (128, 128, 128))
+    tuned = {name: vars(train_finetune.parse_options(w)) for name, w in words.items() if name.startswith("finetune")}
+    assert list(tuned) == [f"finetune-{n}-cases-{s}-seed{k}" for n in (3, 9) for k in (0, 1) for s in worth_it.STARTS]
+    for name in [name for name in tuned if "scratch" in name]:
+        scratch, pretrained = tuned[name], tuned[name.replace("scratch", "pretrained")]
+        assert {key for key in scratch if scratch[key] != pretrained[key]} == {"weights", "out"}
+        assert scratch["warmup"] == 0.1
+    first = next(command for name, command in found.items() if name.startswith("evaluate"))
+    runs = evaluate.parse_options(first[first.index(f"{tmp_path}/3-cases-scratch-seed0") :]).runs
+    assert [str(run) for run in runs] == [str(tuned[name]["out"]) for name in list(tuned)[:4]]
+
+
+def test_it_says_what_is_ahead():
+    todo = ["preprocess-a", "pretrain", "finetune-1", "finetune-2", "finetune-3", "evaluate-1"]
+    said = worth_it.ahead(todo, {"preprocess-a": 9.0})
+    assert said == "1 of 6 steps done, 0:00:00 ahead, without 1 x pretrain, 3 x finetune, 1 x evaluate, not known yet"
+    said = worth_it.ahead(todo, {"preprocess-a": 9.0, "pretrain": 9.0, "finetune-1": 7200.0, "evaluate-1": 1.0})
+    assert said == "4 of 6 steps done, 4:00:00 ahead"
+
+
+def test_the_interval_over_networks_by_hand():
+    mean, low, high = worth_it.mean_interval([1.0, 2.0, 3.0])
+    assert (mean, high - mean, mean - low) == pytest.approx((2.0, *[4.3027 / 3**0.5] * 2), rel=1e-4)
+    assert math.isnan(worth_it.mean_interval([1.0])[1])
+
+
+ROWS = [
+    Comparison(3, [70.0, 71.0, 72.0], [73.0, 74.1, 74.9], 20, 0.001),
+    Comparison(9, [80.0, 81.0, 82.0], [81.0, 80.0, 83.0], 14, 0.5),
+]
+
+
+def test_the_verdict_names_where_it_helps_and_where_nothing_is_shown():
+    said = worth_it.verdict(ROWS)
+    assert said.startswith(
+        "Pretraining here: worth it with 3 (+3.0 points, +2.8 to +3.2); no difference shown with 9 (+0.3"
+    )
+    assert worth_it.verdict([Comparison(3, [9.0, 8.0], [1.0, 0.1], 5, 0.1)]).startswith("Pretraining here: worse than")
+
+
+def test_the_page_has_a_row_per_number_of_cases():
+    text = worth_it.page(ROWS, ["python x"], "worth-it.png")
+    assert "| 3 | 71.00 ± 1.00 | 74.00 ± 0.95 | +3.00 (+2.75 to +3.25) | 3 of 3 | 20 | 0.001 |" in text
+    assert "| 9 | 81.00 ± 1.00 |" in text
+    assert "(worth-it.png)" in text
+    assert "(worth-it.png)" not in worth_it.page(ROWS, [], None)
+
+
+RESULTS = """
+import json, pathlib, sys
+for folder, dice in zip(sys.argv[1::2], map(float, sys.argv[2::2])):
+    cases = [{"id": f"c{k}", "classes": {"1": {"dice": dice + k / 100}, "2": {"dice": None}}} for k in range(3)]
+    path = pathlib.Path(folder) / "fold0" / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"fold": 0, "dice": dice, "cases": cases, "failed": []}))
+"""
+
+
+def test_it_continues_after_a_failure_and_does_nothing_twice(monkeypatch, tmp_path, capsys):
+    args = ["--unlabelled", "u", "--images", "i", "--labels", "l", "--out", str(tmp_path), "--cases", "2"]
+    args += ["--folds", "1", "--seeds", "1"]
+    store = tmp_path / "stores" / "labelled"
+    store.mkdir(parents=True)
+    (store / "dataset.json").write_text(json.dumps({"cases": [{"labelled": True}] * 3}))
+    mark = f"open({str(tmp_path / 'marks')!r}, 'a').write"
+    python = [sys.executable, "-c"]
+    folders = [tmp_path / worth_it.name_of(2, start, 0) for start in worth_it.STARTS]
+    todo = {
+        "pretrain": [*python, f"{mark}('p'); print('validation is 40 % below')"],
+        "finetune-a": [*python, "import sys; sys.exit('no memory')"],
+        "evaluate-2": [*python, RESULTS, str(folders[0]), "0.5", str(folders[1]), "0.6"],
+    }
+    monkeypatch.setattr(worth_it, "steps", lambda args: todo)
+    monkeypatch.setattr(worth_it, "find_spec", lambda name: None)
+    assert worth_it.main(args) == 1
+    out, err = capsys.readouterr()
+    assert "validation is 40 % below\n" in out
+    assert "no memory" in out
+    assert "finetune-a: status 1" in err
+    todo["finetune-a"] = [*python, f"{mark}('f')"]
+    assert worth_it.main(args) == 0
+    assert worth_it.main(args) == 0
+    assert (tmp_path / "marks").read_text() == "pf"
+    said = "Pretraining here: no difference shown with 2 (+10.0 points, +nan to +nan) labelled cases"
+    assert capsys.readouterr().out.endswith(f"worth-it.md: {said}\n")
+    text = (tmp_path / "worth-it.md").read_text()
+    assert "| 2 | 50.00 ± nan | 60.00 ± nan | +10.00 (+nan to +nan) | 1 of 1 | 3 | 0.25 |" in text
+    assert shlex.join(["-c", f"{mark}('f')"]) in text
+
+
+def test_more_cases_than_are_labelled_are_refused_before_pretraining(tmp_path):
+    store = tmp_path / "stores" / "labelled"
+    store.mkdir(parents=True)
+    (store / "dataset.json").write_text(json.dumps({"cases": [{"labelled": True}] * 9 + [{"labelled": False}]}))
+    with pytest.raises(ValueError, match="`cases` 9: 9 cases are labelled, at least one must be left to test"):
+        worth_it.check_cases(options(tmp_path))
+
+
+def test_the_learning_curve_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    worth_it.draw_curve(tmp_path / "curve.png", ROWS)
+    assert (tmp_path / "curve.png").stat().st_size > 5000
