@@ -252,13 +252,10 @@ def _rebuild(path: Path, content: dict) -> Network:
 # Preprocessing --------------------------------------------------------------------------------------------------------
 
 
-def check_preprocessing(
-    path: Path,
-    content: Mapping,
-    store: Store,
-    names: Sequence[str] = ("spacing", "normalization"),
-    channels: bool = False,
-) -> str:
+SAME = ("spacing", "normalization")  # settings of preprocessing that a network must find again
+
+
+def check_preprocessing(path: Path, content: Mapping, store: Store, channels: bool = False) -> str:
     """Refuse a store whose volumes are prepared in another way than those that a checkpoint was trained on.
 
     A published file is accepted; if a plan says how its volumes were prepared, the two are compared in words.
@@ -267,8 +264,7 @@ def check_preprocessing(
         path: of the checkpoint, for messages.
         content: the checkpoint, with or without its weights (`read`, `load_segmenter`).
         store: the volumes that the network is to see next.
-        names: what must be equal, keys of the preprocessing configuration.
-        channels: the names of the store's channels must be equal too.
+        channels: the names of the store's channels must be equal, not only the settings of SAME.
 
     Returns:
         A line for the log; "": nothing is known beyond what was checked.
@@ -279,13 +275,13 @@ def check_preprocessing(
     if not isinstance(content.get("preprocess"), Mapping):
         plan = find_plan(content, Path(path))
         return "" if plan is None else compare(plan, store.config, path, store.path)
-    trained = {name: content["preprocess"].get(name) for name in names}
-    given = {name: store.config[name] for name in names}
+    trained = {name: content["preprocess"].get(name) for name in SAME}
+    given = {name: store.config[name] for name in SAME}
     if channels:
         trained["channels"], given["channels"] = content.get("channels"), store.channels
     for name, value in trained.items():
         if given[name] != value:
-            remedy = f"preprocess with the same `{name}`, or train again" if name in names else "take another store"
+            remedy = f"preprocess with the same `{name}`, or train again" if name in SAME else "take another store"
             raise ValueError(
                 f"{path}: trained on volumes with {name} {value}, {store.path} has {given[name]}; {remedy}"
             )

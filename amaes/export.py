@@ -90,7 +90,7 @@ def found_beside(path: Path) -> dict:
 
 # The card -------------------------------------------------------------------------------------------------------------
 
-TASKS = {"segment": "segmentation", "pretrain": "pretraining"}
+TASK_NAMES = {"segment": "segmentation", "pretrain": "pretraining"}
 
 
 def model_card(name: str, content: Mapping, digest: str, beside: Mapping) -> str:
@@ -106,7 +106,7 @@ def model_card(name: str, content: Mapping, digest: str, beside: Mapping) -> str
 
     provenance = _mapping(content["provenance"])
     options = _mapping(provenance.get("options"))
-    task = TASKS.get(content["task"], f"pretraining ({content['task']})")
+    task = TASK_NAMES.get(content["task"], f"pretraining ({content['task']})")
     parameters = sum(tensor.numel() for tensor in content["model"].values())
     size = " x ".join(map(str, content["patch_size"]))
     build = ", ".join(f"{key} {value}" for key, value in content["build"].items() if key != "arch")
