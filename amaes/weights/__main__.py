@@ -28,15 +28,15 @@ def main(args: argparse.Namespace) -> int:
     from amaes.published import convert
     from amaes.weights.convert import convert_weights
     from amaes.weights.plan import find_plan
-    from amaes.weights.tensor_files import read
+    from amaes.weights.tensor_files import find_weights, read
 
     log = cli.logger(True)
     done = convert_weights(args.file, args.out, args.trust)
     log(f"{args.file}: read {done.how}")
-    log(f"{args.out}: {len(done.weights)} tensors; also kept: {', '.join(done.kept) or 'nothing'}")
+    content = read(args.out)
+    log(f"{args.out}: {len(find_weights(content)[1])} tensors; also kept: {', '.join(done.kept) or 'nothing'}")
     if done.left_out:
         log(f"left out: {'; '.join(done.left_out)}")
-    content = read(args.out)
     try:
         imported = convert(content, args.out, find_plan(content, args.out))
         log(f"{imported.family}; {fitting_architectures(imported.tensors)}")

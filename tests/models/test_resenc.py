@@ -68,3 +68,14 @@ def test_heads_of_coarser_stages_train_with_deep_supervision_alone():
 def test_sides_must_be_multiples_of_the_stride():
     with torch.device("meta"), pytest.raises(ValueError, match=r"sides \(32, 48, 64\) must be multiples of 32"):
         build_segmenter("resenc_s")(torch.rand(1, 1, 32, 48, 64))
+
+
+def test_ddp_waits_for_no_gradient_that_never_comes(tmp_path):
+    """Heads of coarser stages are frozen without deep supervision; DDP would stop in the second step otherwise."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(small(deep_supervision=False))
+        for _ in range(2):
+            model(torch.rand(1, 1, 16, 24, 32)).square().mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
