@@ -68,7 +68,7 @@ from amaes.data.split_files import read_splits
 from amaes.data.splits import all_cases, fold_splits, hold_out_validation, saved_split
 from amaes.data.store import Store
 from amaes.evaluation import leakage
-from amaes.files import sha256, write_json
+from amaes.files import write_json
 from amaes.models import build_network, ops
 from amaes.objectives.supervised import SupervisedSegmentation
 from amaes.paper.protocols import check_store, saved_folds
@@ -78,6 +78,7 @@ from amaes.training.optim import FinetuneRates, build_optimizer, optimizer_step
 from amaes.training.progress import Progress
 from amaes.training.run_folder import RunFolder
 from amaes.training.stopping import Stop
+from amaes.training.weights import find_weights, identity
 from amaes.training.whole_scans import BestOnValidation
 
 
@@ -121,13 +122,8 @@ def main(args: argparse.Namespace) -> int:
     with torch.device("meta"):
         on_meta = build_network("segment", build, args.checkpoint_activations)
     if args.weights != SCRATCH:
-        path = checkpoint.find_one(args.weights).absolute()  # evaluation finds it from any working folder
-        if str(path) != args.weights:
-            log(f"weights: {path}")
-        args.weights = str(path)
-        if line := checkpoint.check_preprocessing(path, checkpoint.read(path), store):
-            log(line)
-        checkpoint.load_encoder(on_meta, path, args.stem, args.allow_partial, args.transfer)
+        args.weights = find_weights(args.weights, store, log)
+        checkpoint.load_encoder(on_meta, Path(args.weights), args.stem, args.allow_partial, args.transfer)
     splits = distributed.from_main(splits_of(store, args, log) if ranks.is_main else None)
 
     # Run
@@ -136,8 +132,7 @@ def main(args: argparse.Namespace) -> int:
     accumulate = folder.settle_micro_steps(
         args.accumulate, on_meta, args.batch_size, bf16=bf16, begin_anew=args.overwrite
     )
-    weights = SCRATCH if args.weights == SCRATCH else sha256(args.weights)  # another file under the name shows
-    record = {"store": store.fingerprint, "build": build, "splits": splits, "weights": weights}
+    record = {"store": store.fingerprint, "build": build, "splits": splits, "weights": identity(args.weights)}
     part = None if args.fold == "all" else f"fold{int(args.fold)}"
     folder.open(record, accumulate, resume=args.resume, overwrite=args.overwrite, log=log, part=part)
     if args.weights != SCRATCH:

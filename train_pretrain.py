@@ -14,7 +14,7 @@ from pathlib import Path
 
 from amaes import cli
 from amaes.augment.options import PRETRAIN_PRESETS
-from amaes.choices import SPLIT_BY
+from amaes.choices import SCRATCH, SPLIT_BY
 from amaes.objectives import OBJECTIVES, Objective, options_of
 from amaes.training import options
 
@@ -40,6 +40,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=cli.fraction, default=0.05, help="fraction of the run in which the learning rate rises")
     explanation = "steps between validations (default: an epoch, or 1 %% of the run if that is longer)"
     add("--val-every", type=cli.positive_int, metavar="STEPS", help=explanation)
+    options.add_weights_options(parser, "encoder")
     options.add_model_options(parser, arch="unet_xl")
     add = options.add_run_options(parser, out="runs/pretrain", save_every=500)
     explanation = "epochs between pictures of what the network makes of fixed patches (needs matplotlib; default: none)"
@@ -49,6 +50,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--benchmark", type=cli.positive_int, metavar="N", help=explanation)
     args = options.parse(parser, "pretrain", argv)
     options.settle_objective_options(parser, args)
+    parser.refuse(options.weights_contradictions(args))
     if "demo" in args.data and len(args.data) > 1:
         parser.error(f"--data {' '.join(args.data)}: demo stands alone; a store in a folder of that name is ./demo")
     return args
@@ -60,7 +62,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from amaes import distributed, hardware
+from amaes import checkpoint, distributed, hardware
 from amaes.data.loader import training_batches
 from amaes.data.order import Share, order_of
 from amaes.data.pretrain_data import PretrainData, split_for_pretraining
@@ -78,6 +80,7 @@ from amaes.training.progress import Progress
 from amaes.training.run_folder import RunFolder
 from amaes.training.stopping import Stop
 from amaes.training.validation import validate
+from amaes.training.weights import find_weights, identity
 
 
 @dataclass
@@ -117,7 +120,12 @@ def main(args: argparse.Namespace) -> int:
 
     build |= {**objective.build, "in_channels": len(data.store.channels)}
     torch.manual_seed(args.seed)
-    network = build_network(objective.task, build, args.checkpoint_activations).to(ranks.device)
+    network = build_network(objective.task, build, args.checkpoint_activations)
+    args.weights = find_weights(args.weights, data.store, log)
+    if args.weights != SCRATCH:
+        taken = checkpoint.load_encoder(network, Path(args.weights), args.stem, args.allow_partial, args.transfer)
+        log(f"{args.transfer} from {args.weights}:\n{taken.table()}")
+    network.to(ranks.device)
     optimizer = build_optimizer(network.parameters(), args.lr, args.weight_decay, args.amsgrad)
     kept = {"options": options.as_plain(vars(args)), "patch_size": args.patch_size, "keep": args.keep}
     folder = RunFolder(args.out, "pretrain", ranks, task=objective.task, build=build, store=data.store, **kept)
@@ -207,7 +215,7 @@ def train(args, run: Run, ranks, folder: RunFolder, network: nn.Module, model: C
     """From the newest checkpoint to the last step: read, augment, mask, predict, update; log, validate and save."""
     objective, data, share = run.objective, run.data, run.share
     record = {"store": data.store.fingerprint, "validation": data.validation_ids, "build": folder.build}
-    record["total_steps"] = run.steps
+    record |= {"total_steps": run.steps} | ({} if args.weights == SCRATCH else {"weights": identity(args.weights)})
     if objective.views > 1:
         record["patches_per_micro_step"] = share.of_micro_step
     folder.open(record, share.accumulate, resume=args.resume, overwrite=args.overwrite, log=log)

@@ -6,12 +6,13 @@ import argparse
 import json
 from collections.abc import Mapping
 
-EARLIER = {
+EARLIER = {  # what training did before there was the option
     "target": "absolute",
     "warmup": 0.0,
     "decoder_warmup": 0,
     "val_cases": 0,
-}  # what training did before there was the option
+    **{"transfer": "encoder", "stem": "repeat", "allow_partial": False},  # of pretraining
+}
 
 
 def options_of_earlier_runs(args: argparse.Namespace) -> dict:

@@ -158,6 +158,7 @@ class RunFolder:
                 f"`out` {self.path}: holds a run already; take another folder, `overwrite`, or `resume` auto"
             )
         now = json.loads(json.dumps(self.options))
+        _lengthen(old, now, record, log)
         _refuse_changes(self.path, with_later_options(old["options"], now), now, "`{}`")
         _refuse_changes(self.path, old["record"], json.loads(json.dumps(record)), "{}")
         ranks_before = old["machine_choice"]["world"]
@@ -311,6 +312,18 @@ def _clear(folder: Path) -> None:
             left.unlink()
     for name in ("metrics.jsonl", "leakage.json", "config.json"):
         (folder / name).unlink(missing_ok=True)
+
+
+def _lengthen(old: dict, options: dict, record: dict, log: Callable[[str], None]) -> None:
+    """Take over a larger number of steps into the old configuration, and say so."""
+    before, now, name = old["options"], options, "steps"
+    if "total_steps" in record:  # of pretraining, where epochs may be given instead
+        before |= {key: options.get(key) for key in ("steps", "epochs")}
+        before, now, name = old["record"], record, "total_steps"
+    if type(before.get(name)) is int and before[name] < now[name]:
+        text = "from here on the learning rate is that of a run of this length"
+        log(f"the run is made longer, {now[name]} instead of {before[name]} steps; {text}")
+        before[name] = now[name]
 
 
 def _refuse_changes(folder: Path, old: dict, new: dict, form: str) -> None:
