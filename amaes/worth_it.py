@@ -223,7 +223,8 @@ def draw_curve(path: Path, comparisons: Sequence[Comparison]) -> None:
         for count, of_count in zip(cases, values, strict=True):
             axes.plot([count] * len(of_count), of_count, ".", color=colour, alpha=0.4)
     axes.set(xscale="log", xlabel="labelled cases", ylabel="Dice, %")
-    axes.set_xticks(cases, labels=map(str, cases), minor=False)
+    axes.minorticks_off()
+    axes.set_xticks(cases, labels=map(str, cases))
     axes.legend()
     figure.savefig(path, dpi=120)
 

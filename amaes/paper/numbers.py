@@ -81,9 +81,12 @@ FINETUNING = {
     "deep_supervision": False,
     "foreground": 0.33,
     "augment_options": [],
+    **{"warmup": 0.0, "decoder_warmup": 0, "encoder_lr": None, "freeze": None},
 }
 PRETRAINING = {"patch_size": [128, 128, 128], "augment_options": [], "warmup": 0.05}
-MASKED_PRETRAINING = {"mask_ratio": 0.6, "token_size": 4, "loss_over": "all", "target": "absolute"}  # not of SwinUNETR
+MASKED_PRETRAINING = {  # not of SwinUNETR
+    **{"mask_ratio": 0.6, "token_size": 4, "loss_over": "all", "target": "absolute", "crop": "window"}
+}
 PRETRAINING_EPOCHS = 100
 EVALUATION = {"space": "native", "tta": False, "overlap": 0.5, "empty": "nan"}
 

@@ -118,6 +118,8 @@ def test_one_sd_of_the_paper_is_the_limit(mean, within):
         ({"augment": "spatial"}, {}, "`augment` spatial, the paper has all"),
         ({"patch_size": [64, 64, 64]}, {}, "`patch_size` [64, 64, 64]"),
         ({"deep_supervision": True}, {}, "`deep_supervision` True"),
+        ({"decoder_warmup": 100}, {}, "`decoder_warmup` 100, the paper has 0"),
+        ({"freeze": "encoder"}, {}, "`freeze` encoder"),
         ({}, {"folds": 4}, "4 folds are finished, the paper has 6"),
         ({}, {"cases": 312}, "a fold has 312 measured cases and 0 that failed, expected 313 and 0"),
         ({}, {"failed": 1}, "313 measured cases and 1 that failed"),
@@ -217,6 +219,8 @@ def test_the_row_of_an_ablation_follows_from_what_the_weights_say(pretrained_wit
         ({"data": "demo"}, "pretrained on synthetic heads"),
         ({"objective": "supervised"}, "pretrained with `objective` supervised"),
         ({"objective": "swin"}, "pretrained with `objective` swin"),
+        ({"objective": "amaes", "target": "standardized"}, "`target` standardized, the paper has absolute"),
+        ({"objective": "amaes", "crop": "patch"}, "`crop` patch, the paper has window"),
     ],
 )
 def test_other_pretraining_than_the_rows_is_an_obstacle(changed, message):
