@@ -139,17 +139,26 @@ def find_one(path: str | Path) -> Path:
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
-def read_ours(path: Path) -> dict:
+def read_ours(path: Path, to_segment: bool = False) -> dict:
     """A checkpoint of this library, its entries checked.
+
+    Args:
+        path: the file.
+        to_segment: refuse networks that do not segment, those of pretraining.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not one of this library, or an entry is missing or of another type.
+        ValueError: not one of this library, refused, or an entry is missing or of another type.
     """
     content = read(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r}")
-    _check_entries(path, content, "task", "model", "build", "preprocess", "channels", "labels", "patch_size")
+    _check_entries(path, content, "task")
+    if to_segment and content["task"] != "segment":
+        raise ValueError(
+            f"{path}: a checkpoint of task {content['task']!r}; fine-tune it first (train_finetune.py, `weights`)"
+        )
+    _check_entries(path, content, "model", "build", "preprocess", "channels", "labels", "patch_size")
     return content
 
 
@@ -165,11 +174,7 @@ def load_segmenter(path: str | Path, device: torch.device | str = "cpu") -> tupl
         ValueError: not a checkpoint of this library, or one of pretraining.
     """
     path = find_one(path)
-    content = read_ours(path)
-    if content["task"] != "segment":
-        raise ValueError(
-            f"{path}: a checkpoint of task {content['task']!r}; fine-tune it first (train_finetune.py, `weights`)"
-        )
+    content = read_ours(path, to_segment=True)
     network = _rebuild(path, content)
     load_weights(network, path, content["model"])
     meta = {key: value for key, value in content.items() if key not in ("model", "optimizer")}
