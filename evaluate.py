@@ -25,7 +25,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(
         description="Dice of every fold of a run on its test cases; further runs are compared with the first, case by "
         "case. Writes RUN/fold<k>/predictions and results.json, RUN/summary.json, summary.md, cases.csv and "
-        "report.html; --space store and --protocol write files of their own. Metrics measured before are kept."
+        "report.html; --checkpoint best, --space store and --protocol have files of their own; metrics add up."
     )
     add = parser.add_argument
     add("runs", type=Path, nargs="*", metavar="RUN", help="folder written by train_finetune.py")
@@ -87,7 +87,7 @@ from amaes import checkpoint
 from amaes.data.store import Store
 from amaes.distributed import pick_device
 from amaes.evaluation import scores, tables
-from amaes.evaluation.case_pictures import draw_cases
+from amaes.evaluation.case_pictures import pictures_of
 from amaes.evaluation.folder_scores import folder_note, measure_folder
 from amaes.evaluation.folds import Fold, Run, check_cases, check_classes, open_run, pretraining_options
 from amaes.evaluation.measure import metrics_with_earlier, predict_and_measure
@@ -143,8 +143,8 @@ def choose_cases(run: Run, args: argparse.Namespace) -> Run:
         trained = run.options.get("protocol")
         ids, groups = protocols.evaluation_cases(run.store, args.protocol, trained, train, args.allow_incomplete)
         folds = [replace(fold, test=ids, suffix=f"-{args.protocol}") for fold in folds]
-    if args.space != "native":
-        folds = [replace(fold, suffix=f"-{args.space}{fold.suffix}") for fold in folds]
+    own = ("-best" if args.checkpoint == "best" else "") + ("-store" if args.space == "store" else "")
+    folds = [replace(fold, suffix=f"{own}{fold.suffix}") for fold in folds]  # nothing replaces what was measured before
     return replace(run, folds=folds, groups=groups)
 
 
@@ -190,10 +190,7 @@ def evaluate_run(run: Run, args: argparse.Namespace, device: torch.device) -> tu
         pretraining = pretraining_options(run.options)
         summary["paper"] = compare_with_paper(run.options, summary, args.protocol, pretraining)
         text += "\n" + comparison_text(summary["run"], summary, summary["paper"])
-    drawn = draw_cases(run.path / f"cases{suffix}.png", run, results, args.space)
-    pictures = {"The worst cases, the median and the best": drawn}
-    pictures |= {f"Training of fold {fold.number}": fold.folder / "progress.png" for fold in run.folds}
-    write_results(run.path, suffix, summary, results, text, pictures)
+    write_results(run.path, suffix, summary, results, text, pictures_of(run, results, args.space))
     return summary, results, text
 
 

@@ -97,12 +97,13 @@ def latest(folder: Path, to_continue: bool = False) -> tuple[dict | None, Path |
     return None, None, skipped
 
 
-def find(path: str | Path) -> list[Path]:
+def find(path: str | Path, which: str = "last") -> list[Path]:
     """The files that a path stands for where checkpoints are expected.
 
     Args:
         path: a file, which stands for itself; a run, a fold or their folder `checkpoints`, which stand for the newest
             checkpoint that is not damaged; of a run of several folds, for one of each fold.
+        which: "last", or of a folder the "best" on validation cases.
 
     Raises:
         FileNotFoundError: a folder without a checkpoint.
@@ -116,6 +117,11 @@ def find(path: str | Path) -> list[Path]:
         folders = [path / "checkpoints" if (path / "checkpoints").is_dir() else path]
     files = []
     for folder in folders:
+        if which == "best":
+            if not (folder / BEST).is_file():
+                raise FileNotFoundError(f"{folder}: no {BEST} there; training with validation cases writes it")
+            files.append(folder / BEST)
+            continue
         _, file, damaged = latest(folder)
         if file is None:
             raise FileNotFoundError(f"{folder}: " + ("; ".join(damaged) or "no checkpoint step-N.pt there"))

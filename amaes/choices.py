@@ -15,6 +15,6 @@ FREEZES = ("encoder",)  # what keeps its weights in fine-tuning
 TRANSFERS = ("encoder", "all")  # what fine-tuning takes from a checkpoint
 ON_ERROR = ("stop", "skip")  # a step that is not finite, a case that cannot be read
 EMPTY = ("nan", "one")  # score of a class that neither map has
-CHECKPOINTS = ("last", "best")  # of a fold that evaluation takes
+CHECKPOINTS = ("last", "best")  # of a fold that evaluation and prediction take
 ALL = "all"  # of the labelled cases: train on each, test on none
 SCRATCH = "scratch"  # in place of a checkpoint: train from the beginning

@@ -30,6 +30,8 @@ HEADING, TITLE, LINE, GAP = 24, 17, 12, 4
 # Of the classes 1, 2, ... of a label, then again from the first; the colour-blind tell them apart (Okabe and Ito).
 COLOURS = np.array([(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]) / 255
 
+COLOUR_NAMES = ("orange", "light blue", "green", "yellow", "red", "pink")
+
 
 @dataclass(frozen=True)
 class Panel:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amaes import cli
+from amaes.choices import CHECKPOINTS
 from amaes.evaluation.command_line import add_inference_options, failure_message, stop_if_disk_full
 from amaes.preprocess.collection import Collection, Item
 from amaes.preprocess.file_names import channel_prefix, shorten, stem_of
@@ -290,6 +291,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         "folds of a run, are averaged",
     )
     parser.add_argument(
+        "--checkpoint", choices=CHECKPOINTS, default="last", help="of a run or fold; best: on its validation cases"
+    )
+    parser.add_argument(
         "--images",
         type=Path,
         nargs="+",
@@ -326,7 +330,7 @@ def main(args: argparse.Namespace) -> int:
     from amaes.distributed import pick_device
     from amaes.inference import MIRROR_AXES
 
-    files = [file for path in args.weights for file in checkpoint.find(path)]
+    files = [file for path in args.weights for file in checkpoint.find(path, args.checkpoint)]
     if files != args.weights:
         sys.stderr.write(f"weights: {', '.join(map(str, files))}\n")
     models, meta = checkpoint.load_ensemble(files, pick_device(args.device))

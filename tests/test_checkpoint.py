@@ -368,6 +368,14 @@ def test_a_run_stands_for_the_newest_sound_checkpoint_of_each_fold(tmp_path):
         checkpoint.find_one(tmp_path)
 
 
+def test_the_best_checkpoint_of_a_run(tmp_path):
+    file = checkpoint.save(tmp_path / "fold0" / "checkpoints", content(1), keep=9)
+    with pytest.raises(FileNotFoundError, match=r"no best\.pt there; training with validation cases writes it"):
+        checkpoint.find(tmp_path, "best")
+    best = file.rename(file.with_name("best.pt"))
+    assert checkpoint.find(tmp_path, "best") == [best]
+
+
 def test_a_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint step-N\.pt there"):
         checkpoint.find(tmp_path)

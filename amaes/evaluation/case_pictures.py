@@ -12,10 +12,10 @@ import numpy as np
 
 from amaes.evaluation.folds import Run
 from amaes.evaluation.predictions import SPACES
-from amaes.pictures import Panel, Row, hstack, middle_slices, write_sheet
+from amaes.pictures import COLOUR_NAMES, Panel, Row, hstack, middle_slices, write_sheet
 
 WORST = 5
-SIDE = 140  # pixels of a slice, about
+SIDE = 180  # pixels of a slice, about
 
 
 class Chosen(NamedTuple):
@@ -47,6 +47,17 @@ def choose_cases(folds: Sequence[Mapping]) -> list[Chosen]:
     return [Chosen(titles[place], *scored[place][1:], scored[place][0]) for place in sorted(titles) if scored]
 
 
+def pictures_of(run: Run, folds: Sequence[Mapping], space: str) -> dict[str, Path | None]:
+    """The pictures of a run's report, caption to PNG file: cases, which are drawn anew, and the curves of training.
+
+    Args:
+        run, folds, space: of `draw_cases`.
+    """
+    drawn = draw_cases(run.path / f"cases{run.folds[0].suffix}.png", run, folds, space)
+    curves = {f"Training of fold {fold.number}": fold.folder / "progress.png" for fold in run.folds}
+    return {"The worst cases, the median and the best: outlines of the classes": drawn, **curves}
+
+
 def draw_cases(path: Path, run: Run, folds: Sequence[Mapping], space: str) -> Path | None:
     """Write the cases of `choose_cases` as one sheet, three slices through each, reference beside prediction.
 
@@ -75,7 +86,9 @@ def draw_cases(path: Path, run: Run, folds: Sequence[Mapping], space: str) -> Pa
             )
         except (OSError, ValueError) as error:  # a file that went away since it was measured
             rows.append(Row(f"{title}: {error}", [Panel(np.zeros((8, 8)))]))
-    write_sheet(path, f"{run.path.name}: outlines of the classes, reference and prediction", rows)
+    classes = [(value, name) for value, name in sorted(run.store.labels.items()) if value > 0]
+    colours = ", ".join(f"{name} {COLOUR_NAMES[(value - 1) % len(COLOUR_NAMES)]}" for value, name in classes)
+    write_sheet(path, f"{run.path.name}: {colours}", rows)
     return path
 
 

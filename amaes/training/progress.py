@@ -18,6 +18,7 @@ from tqdm import tqdm
 from amaes import distributed
 from amaes.files import write_json
 from amaes.hardware import peak_gb, resident_gb
+from amaes.training.curves import draw_progress
 from amaes.training.run_folder import MetricsFile, describe_step
 
 if TYPE_CHECKING:
@@ -258,12 +259,14 @@ class Progress:
         """Write and log the loss of a validation of so many volumes, and that of predicting what `trivial` names."""
         self.validated = self._step
         self._append(step=self._step, val_loss=loss, val_baseline=baseline, val_volumes=volumes)
+        self._draw_curves()
         if self._ranks.is_main:
             tqdm.write(f"step {self._step}: validation loss {loss:.5f} (predicting {trivial}: {baseline:.5f})")
 
     def write_dice(self, dice: float, cases: int, best: bool) -> None:
         """Write and log the Dice of whole validation scans."""
         self._append(step=self._step, val_dice=dice, val_cases=cases)
+        self._draw_curves()
         if self._ranks.is_main:
             told = ", the best so far: best.pt" if best else ""
             tqdm.write(f"step {self._step}: validation Dice {100 * dice:.2f} % over {cases} cases{told}")
@@ -285,13 +288,19 @@ class Progress:
         if self._metrics is not None:
             self._metrics.write(**values)
 
+    def _draw_curves(self) -> None:
+        """progress.png anew, where matplotlib is installed."""
+        if self._ranks.is_main and (problem := draw_progress(self._folder)):
+            tqdm.write(problem)
+
     def close(self) -> None:
-        """End the progress bar.
+        """End the progress bar, and draw progress.png.
 
         Raises:
             ValueError: the run is at its end, and so many of its steps were left out that it is not worth its name.
         """
         self._bar.close()
+        self._draw_curves()
         if self._step == self._total and self._skipped > SKIP_AT_END * self._total:
             text = f"{self._skipped} of {self._total} steps were skipped, their loss or gradient was not finite"
             raise ValueError(f"{self._folder}: {text}; the saved network is of no use; a lower `lr` may help")

@@ -124,8 +124,6 @@ def validation_dice(
         predicted, label = logits.argmax(0).cpu().numpy(), store.label(id)
         if store.ignored is not None:
             predicted[label == store.ignored] = 0
-        if store.ignored is not None:
-            predicted[label == store.ignored] = 0
         for row, value in zip(sums, classes, strict=False):
             score = dice(predicted == value, label == value)
             if score == score:  # not NaN: one of the two has the class

@@ -59,7 +59,7 @@ def test_the_best_network_is_kept_and_a_fold_without_progress_ends(finetune):
     ]
     # These stores cannot be scored; the checkpoint that was taken is told all the same.
     run("evaluate.py", fold.parent, "--checkpoint", "best", "--space", "store", "--device", "cpu", status=1)
-    used = json.loads((fold.parent / "summary-store.json").read_text())["checkpoints"][0]
+    used = json.loads((fold.parent / "summary-best-store.json").read_text())["checkpoints"][0]
     assert (used["file"], used["step"]) == ("best.pt", 4)
 
 
