@@ -23,9 +23,10 @@ from amaes.paper import protocols
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = cli.Parser(
+        ["RUN", "SCRATCH PRETRAINED --metrics dice hd95"],
         description="Dice of every fold of a run on its test cases; further runs are compared with the first, case by "
         "case. Writes RUN/fold<k>/predictions and results.json, RUN/summary.json, summary.md, cases.csv and "
-        "report.html; --checkpoint best, --space store and --protocol have files of their own; metrics add up."
+        "report.html; --checkpoint best, --space store and --protocol have files of their own; metrics add up.",
     )
     add = parser.add_argument
     add("runs", type=Path, nargs="*", metavar="RUN", help="folder written by train_finetune.py")
@@ -46,12 +47,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         default="native",
         help="native: on the scans' grids, against the label files as they are; store: against the preprocessed labels",
     )
-    add(
-        "--missing",
-        choices=["error", "zero"],
-        default="error",
-        help="cases that cannot be predicted are listed; error: and left out of the means, zero: and count as empty",
+    explanation = (
+        "cases that cannot be predicted are listed; error: and left out of the means, zero: and count as empty"
     )
+    add("--missing", choices=["error", "zero"], default="error", help=explanation)
     add = parser.add_argument_group("the paper's experiments").add_argument
     add("--paper", action="store_true", help="set the numbers beside the paper's, with what differs")
     add("--protocol", choices=list(protocols.EVALUATIONS), help="test on the cases of --data, not on the folds' own")

@@ -23,14 +23,14 @@ from amaes.training.fold_options import add_fold_options, fold_contradictions
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description="Train a segmentation network on a few labelled cases of a store, one per fold.")
+    examples = ["--data STORE --weights PRETRAINED --out RUN", "--data STORE --splits folds.csv --patience 5 --out RUN"]
+    description = "Train a segmentation network on a few labelled cases of a store, one per fold."
+    parser = cli.Parser(examples, description=description)
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, metavar="STORE", help="folder written by amaes.preprocess --labels")
     explanation = "transforms (default: spatial with --weights CKPT, else all)"
     add("--augment", choices=list(FINETUNE_PRESETS), help=explanation)
     options.add_augment_options(add)
-    explanation = "margin read for rotations; official: as the published code; parity: as that, or one voxel more"
-    add("--window", choices=WINDOWS, default="parity", help=explanation)
     add("--foreground", type=cli.fraction, default=0.33, help="share of patches placed around a foreground voxel")
     add = options.add_weights_options(parser, "encoder")
     add("--pretrain-data", nargs="+", metavar="STORE", help="stores they were trained on (default: as CKPT says)")
@@ -43,6 +43,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_model_options(parser, arch="unet_xl")
     options.add_rate_options(parser)
     options.add_run_options(parser, out="runs/finetune", save_every=250)
+    add = options.add_published_options(parser)
+    explanation = "margin read for rotations; official: as the published code; parity: as that, or one voxel more"
+    add("--window", choices=WINDOWS, default="parity", help=explanation)
     args = options.parse(parser, "finetune", argv)
     contradictions = options.weights_contradictions(args) + fold_contradictions(args)
     for name in ("pretrain_data", "strict_leakage", "near_duplicates"):

@@ -20,14 +20,14 @@ from amaes.training import options
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description="Pretrain an encoder on the volumes of a store.")
+    examples = ["--data STORE --out RUN", "--data STORE --arch mednext_m --patch-size 96 --steps 100000 --out RUN"]
+    parser = cli.Parser(examples, description="Pretrain an encoder on the volumes of a store.")
     explanation = "amaes: rebuild masked, augmented patches; swin: SwinUNETR's self-supervision; supervised: segment"
     parser.add_argument("--objective", choices=list(OBJECTIVES), default="amaes", help=explanation)
     add = parser.add_argument_group("data").add_argument
     explanation = "written by amaes.preprocess, several are read as one; demo: synthetic heads, made in --out"
     add("--data", nargs="+", default=["demo"], metavar="STORE", help=explanation)
     add("--val-fraction", type=cli.fraction, default=0.01, help="share of the volumes kept for validation")
-    add("--split-by", choices=SPLIT_BY, default="subject", help="what stays on one side of that split")
     explanation = "transforms; those of intensities change the input, not the target"
     add("--augment", choices=list(PRETRAIN_PRESETS), default="all", help=explanation)
     options.add_augment_options(add)
@@ -48,6 +48,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("measuring").add_argument
     explanation = "time N steps of each kind, print a table and a verdict; begins no run in --out"
     add("--benchmark", type=cli.positive_int, metavar="N", help=explanation)
+    add = options.add_published_options(parser)
+    add("--split-by", choices=SPLIT_BY, default="subject", help="what stays on one side of that split")
     args = options.parse(parser, "pretrain", argv)
     options.settle_objective_options(parser, args)
     parser.refuse(options.weights_contradictions(args))

@@ -280,7 +280,10 @@ def _channel_mismatch(channels: Sequence[str], count: int) -> str:
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = cli.Parser(description="Segment NIfTI files with a fine-tuned checkpoint.")
+    parser = cli.Parser(
+        ["--weights RUN --images SCANS --out MASKS", "--weights RUN/fold0 --images a.nii.gz b.nii.gz --out MASKS"],
+        description="Segment NIfTI files with a fine-tuned checkpoint.",
+    )
     parser.add_argument(
         "--weights",
         type=Path,

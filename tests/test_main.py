@@ -157,7 +157,7 @@ ROOT = Path(__file__).parent.parent
 HAVE_OPTIONS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("amaes/**/*.py"), *ROOT.glob("benchmarks/*.py")]
-    if re.search(r"\bParser\(\s*(description|\n)", path.read_text())
+    if re.search(r"parser = (cli\.)?Parser\(", path.read_text())
 )
 HUGE = 10**19
 TEXTS = {  # what an option may take, the same with a number that is too large, and which part of its value that is

@@ -32,7 +32,10 @@ IMAGE_OPTIONS = ("labels", "label_name", "channels", "subject", "label_map", "mi
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = Parser(description="Turn NIfTI files into arrays for training.")
+    parser = Parser(
+        ["--images SCANS --out STORE", "--images IMAGES --labels LABELS --channels FLAIR T1 --out STORE"],
+        description="Turn NIfTI files into arrays for training.",
+    )
     _add_input_options(parser.add_argument_group("input"))
     _add_output_options(parser.add_argument_group("output"))
     _add_preprocessing_options(parser.add_argument_group("preprocessing"))

@@ -38,8 +38,6 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
     """--arch, --preset, --patch-size and the hyper-parameters whose defaults the preset sets."""
     add = parser.add_argument_group("network and optimizer").add_argument
     add("--arch", choices=list(ARCHITECTURES), default=arch, help="network")
-    for name, explanation in _ENCODER_OPTIONS.items():
-        add(f"--{name}", choices=ENCODER_OPTIONS[name][1], help=explanation)
     add("--preset", choices=list(PRESETS), default="appendix_r1", help=_PRESET_HELP)
     add("--lr", type=cli.learning_rate, help="base learning rate of AdamW")
     add("--batch-size", type=cli.batch, help="global batch: patches per step over all ranks")
@@ -53,6 +51,14 @@ def add_model_options(parser: cli.Parser, arch: str) -> None:
         metavar="N",
         help="micro-steps per step; auto: as few as fit into memory",
     )
+
+
+def add_published_options(parser: cli.Parser) -> Callable:
+    """What only repeats published numbers or reads old weights; returns what adds an option to these, the last."""
+    add = parser.add_argument_group("only to repeat published results, or for old weights").add_argument
+    for name, explanation in _ENCODER_OPTIONS.items():
+        add(f"--{name}", choices=ENCODER_OPTIONS[name][1], help=explanation)
+    return add
 
 
 def add_weights_options(parser: cli.Parser, what: str) -> Callable:
