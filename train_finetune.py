@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> int:
     check_batch(args.batch_size, ranks.world, args.accumulate)
     check_patch_size(args.patch_size, args.arch)
     bf16 = hardware.use_bf16(ranks.device, args.precision)
-    compiler, compiled = hardware.compiler(ranks.device, args.compile)
+    compiler, compiled = hardware.compiler(ranks.device, args.compile, ops.are_fused(ranks.device))
     augment_options = {"window": args.window, **dict(args.augment_options)}
     augment = FinetuneAugment(args.patch_size, args.augment, args.seed, **augment_options)
     head = {"decoder": args.decoder, "deep_supervision": args.deep_supervision}

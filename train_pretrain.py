@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
     # What contradicts itself is refused before any work.
     objective, build = check(args, ranks)
     bf16 = hardware.use_bf16(ranks.device, args.precision)
-    compiler, compiled = hardware.compiler(ranks.device, args.compile)
+    compiler, compiled = hardware.compiler(ranks.device, args.compile, ops.are_fused(ranks.device))
 
     data = open_data(args, objective, ranks, log)
     steps_per_epoch = max(1, len(data.train) // args.batch_size)

@@ -35,12 +35,13 @@ def use_bf16(device: torch.device, precision: str) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def compiler(device: torch.device, choice: str) -> tuple[Callable[[nn.Module], nn.Module], str]:
+def compiler(device: torch.device, choice: str, fused: bool = False) -> tuple[Callable[[nn.Module], nn.Module], str]:
     """The function that compiles a network, and one line that says what it does and why.
 
     Args:
         device: where the network runs.
         choice: "auto" compiles on CUDA where a small graph compiles and runs, "on" insists, "off" never.
+        fused: the network has fused operations, with which "auto" does not compile: U-Net XL is faster without.
 
     Returns:
         `torch.compile`, or a function that returns the network as it is; and the line.
@@ -54,6 +55,8 @@ def compiler(device: torch.device, choice: str) -> tuple[Callable[[nn.Module], n
         return _as_it_is, "eager"
     if choice == "auto" and device.type != "cuda":
         return _as_it_is, "eager (auto compiles on CUDA only)"
+    if choice == "auto" and fused:
+        return _as_it_is, "eager (auto does not compile fused operations)"
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing: Triton, a C compiler, headers, a recent enough GPU

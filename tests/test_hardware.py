@@ -29,6 +29,12 @@ def test_compile_auto_is_eager_on_the_cpu_and_says_why():
         hardware.compiler(CPU, "yes")
 
 
+def test_compile_auto_is_eager_where_operations_are_fused(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)  # nor tried
+    _, why = hardware.compiler(torch.device("cuda"), "auto", fused=True)
+    assert why == "eager (auto does not compile fused operations)"
+
+
 def test_compile_falls_back_where_it_does_not_work(monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("no Triton here\nmore")

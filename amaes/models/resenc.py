@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from amaes.models.decoder import UNetDecoder
-from amaes.models.ops import norm_act
+from amaes.models.ops import conv_before_norm, norm_act, norm_only
 from amaes.models.ops.norm_act import SLOPE
 from amaes.models.stages import run_stage
 
@@ -25,8 +25,8 @@ class ConvNorm(nn.Module):
         self.norm = nn.InstanceNorm3d(out_channels, affine=True)
 
     def forward(self, x: torch.Tensor, activation: bool = True) -> torch.Tensor:
-        x = self.conv(x)
-        return norm_act(x, self.norm) if activation else self.norm(x)
+        x = conv_before_norm(x, self.conv)
+        return norm_act(x, self.norm) if activation else norm_only(x, self.norm)
 
 
 class ResidualBlock(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amaes.models.ops import norm_act, up_conv
+from amaes.models.ops import conv_before_norm, norm_act, up_conv
 from amaes.models.stages import run_stage
 
 NUM_STAGES = 5  # full resolution, then four halvings
@@ -22,7 +22,7 @@ class ConvUnit(nn.Module):
 
     def forward(self, x: torch.Tensor, up: nn.ConvTranspose3d | None = None) -> torch.Tensor:
         """See `ConvBlock`."""
-        return norm_act(self.conv(x) if up is None else up_conv(x, up, self.conv), self.norm)
+        return norm_act(conv_before_norm(x, self.conv) if up is None else up_conv(x, up, self.conv), self.norm)
 
 
 class ConvBlock(nn.Sequential):

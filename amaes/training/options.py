@@ -253,7 +253,12 @@ def add_run_options(parser: cli.Parser, out: str, save_every: int) -> Callable:
         action="store_true",
         help="less memory, more time: compute stages again in the backward pass",
     )
-    add("--compile", choices=COMPILE, default="auto", help="torch.compile; auto: on CUDA where it works")
+    add(
+        "--compile",
+        choices=COMPILE,
+        default="auto",
+        help="torch.compile; auto: on CUDA without Triton kernels, if it works",
+    )
     add("--log-every", type=cli.positive_int, default=10, metavar="STEPS", help="steps between lines of metrics.jsonl")
     add("--save-every", type=cli.positive_int, default=save_every, metavar="STEPS", help="steps between checkpoints")
     add(

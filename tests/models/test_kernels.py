@@ -4,9 +4,12 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from amaes.models import ops
+from amaes.models import LightDecoder, MedNeXt, Network, ResEnc, UNet, UNetDecoder, ops
 from amaes.models.ops import dispatch
+from amaes.models.resenc import ResEncDecoder
 from tests.models.interpreter import DEVICE, interpreted, need_triton, takes_kernels
 
 need_triton()
@@ -31,7 +34,7 @@ def with_gradients(function, tensors, *options):
     """Output, and the gradients of a sum with fixed weights by every tensor."""
     inputs = [tensor.clone().requires_grad_() for tensor in tensors]
     y = function(*inputs, *options)
-    weights = torch.linspace(-3, 3, y.numel(), device=DEVICE).sin().view(y.shape).to(y.dtype)
+    weights = randn(*y.shape, seed=9).to(y.dtype)
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), inputs)]
 
 
@@ -58,8 +61,8 @@ def assert_no_worse_than_plain(kernel, plain, tensors, *options):
 # Depthwise convolution ------------------------------------------------------------------------------------------------
 
 DEPTHWISE_CASES = [  # channels, kernel, resample, batch, sides
-    (4, 3, "same", 1, (2, 5, 3)),
-    (32, 3, "down", 3, (2, 3, 5)),
+    (4, 3, "same", 1, (2, 3, 4)),
+    (32, 3, "down", 3, (1, 3, 5)),
     (320, 3, "same", 1, (1, 3, 2)),
     (30, 3, "up", 1, (2, 1, 3)),
     (4, 5, "down", 1, (2, 5, 4)),
@@ -119,6 +122,197 @@ def test_depthwise_is_one_operator_for_the_compiler(resample):
     )
 
 
+# Instance norm and leaky ReLU -----------------------------------------------------------------------------------------
+
+NORM = sys.modules["amaes.models.ops.norm_act"]
+NORM_CASES = [  # channels, batch, sides, smallest scale
+    (4, 3, (5, 7, 6), 0.5),
+    (30, 1, (5, 7, 6), 0.5),
+    (32, 3, (3, 1, 2), 1e-9),
+    (320, 1, (2, 3, 1), 0.5),
+    (4, 1, (3, 5, 7), 0.0),
+]
+
+
+def norm_tensors(channels, batch, sides, smallest=0.5):
+    scale = randn(channels, seed=1).sign() * torch.linspace(0.5, 2, channels, device=DEVICE)
+    scale[0] *= smallest / 0.5
+    return 5 + randn(batch, channels, *sides), scale, randn(channels, seed=2)
+
+
+def norm_of(scale, shift):
+    norm = nn.InstanceNorm3d(len(scale), affine=True, dtype=scale.dtype)
+    norm.weight, norm.bias = nn.Parameter(scale.detach()), nn.Parameter(shift.detach())
+    return norm
+
+
+def through_norm(function):
+    """`function(x, norm)` as one of x, scale and shift."""
+
+    def run(x, scale, shift, *options):
+        norm = norm_of(scale, shift)
+        del norm.weight, norm.bias
+        norm.weight, norm.bias = scale, shift  # no parameters, so that gradients reach the tensors
+        return function(x, norm, *options)
+
+    return run
+
+
+@pytest.mark.parametrize(("channels", "batch", "sides", "smallest"), NORM_CASES)
+def test_norm_act(channels, batch, sides, smallest):
+    tensors = norm_tensors(channels, batch, sides, smallest)
+    assert_equal_to_plain(through_norm(ops.norm_act), through_norm(NORM._plain), tensors)
+
+
+def test_norm_only_takes_instance_and_group_norms():
+    channels = 6
+    tensors = norm_tensors(channels, 3, (2, 3, 5))
+    group = nn.GroupNorm(channels, channels, device=DEVICE)
+    assert_equal_to_plain(through_norm(ops.norm_only), through_norm(lambda x, norm: norm(x)), tensors)
+    assert (ops.norm_only(tensors[0], group) - group(tensors[0])).abs().max() < 1e-5
+
+
+def test_norm_act_in_bfloat16():
+    assert_no_worse_than_plain(through_norm(ops.norm_act), through_norm(NORM._plain), norm_tensors(4, 1, (5, 7, 6)))
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e-3])
+def test_statistics_of_norm_act_keep_their_digits_far_from_zero(mean):
+    x = mean + randn(1, 4, 9, 10, 11)
+    exact = x.double()
+    stats = sys.modules["amaes.models.ops.kernels.norm_act"].statistics(x.movedim(1, -1).contiguous(), 1e-5)
+    assert (stats[:, 0] - exact.mean((2, 3, 4))).abs().max() <= 1e-6 * mean + 1e-7
+    rstd = (exact.var((2, 3, 4), correction=0) + 1e-5).rsqrt()
+    assert (stats[:, 1] / rstd - 1).abs().max() <= 1e-6
+
+
+def test_norm_act_sums_over_several_chunks_and_blocks(monkeypatch):
+    kernels = sys.modules["amaes.models.ops.kernels.norm_act"]
+    monkeypatch.setattr(kernels, "PROGRAMS", 6)
+    monkeypatch.setattr(kernels, "TILE", 16)
+    monkeypatch.setattr(kernels, "MOST_CHANNELS", 4)
+    tensors = norm_tensors(6, 1, (3, 5, 7))
+    assert_equal_to_plain(through_norm(ops.norm_act), through_norm(NORM._plain), tensors)
+
+
+def test_norm_act_keeps_one_tensor_its_output_or_where_that_loses_digits_its_input():
+    for smallest, of_input in ((0.5, False), (1e-9, True)):
+        x, scale, shift = norm_tensors(4, 1, (3, 5, 7), smallest)
+        rows, kept = x.requires_grad_().movedim(1, -1).contiguous(), []
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+            y = ops.norm_act(rows.movedim(-1, 1), norm_of(scale, shift))
+        large = [tensor for tensor in kept if tensor.numel() >= x.numel()]
+        assert [tensor.data_ptr() for tensor in large] == [(rows if of_input else y).data_ptr()]
+
+
+def test_norm_act_asks_the_device_every_16_updates_and_within_a_step_answers_the_same():
+    norm, answers = nn.InstanceNorm3d(2, affine=True), []
+    answer = NORM._Answer(norm)
+    for step in range(40):
+        with torch.no_grad():
+            norm.weight.fill_(1e-9 if step >= 8 else 1)
+            norm.bias.fill_(1)
+        norm.weight.data.add_(0)
+        answers.append({answer.of_this_step(norm) for _ in range(2)})
+    assert all(len(answer) == 1 for answer in answers)
+    assert answers[0] == {True}
+    assert answers[-1] == {False}
+
+
+@pytest.mark.parametrize("keep_input", [False, True])
+def test_norm_act_is_one_operator_for_the_compiler(keep_input):
+    x, scale, shift = norm_tensors(4, 1, (1, 3, 2))
+    torch.library.opcheck(
+        torch.ops.amaes.norm_act.default,
+        (x.movedim(1, -1).contiguous().requires_grad_(), scale.requires_grad_(), shift.requires_grad_())
+        + (1e-5, 0.01, keep_input),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+# Whole networks -------------------------------------------------------------------------------------------------------
+
+
+def network(family):
+    torch.manual_seed(0)
+    if family in ("unet", "light"):
+        encoder = UNet(2 if family == "light" else 1, 4)
+        encoder.stages, encoder.channels, encoder.strides = encoder.stages[:3], (4, 8, 16), (1, 2, 4)
+        build = LightDecoder if family == "light" else UNetDecoder
+    elif family == "resenc":
+        encoder, build = ResEnc(1, (4, 6, 8), (1, 2, 1)), ResEncDecoder
+    else:
+        encoder = MedNeXt(1, 4, (1, 1), (2, 2), grn="mean" if family == "mednext_v2" else None)
+        build = encoder.decoders["mednext"]
+    decoder = build(encoder.channels, encoder.strides, 2)
+    net = Network(encoder, decoder, 2 if family == "light" else 1).to(DEVICE)
+    with torch.no_grad():
+        for parameter in net.parameters():  # as after training: no zeros, no ones
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net, randn(1, net.in_channels, *((2, 2, 4) if "mednext" in family else (4, 8, 12)))
+
+
+FAMILIES = ("unet", "light", "resenc", "mednext_v2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_networks_by_kernels_are_the_networks(family, monkeypatch):
+    net, x = network(family)
+    results = []
+    for way in (takes_kernels, lambda x: False):
+        monkeypatch.setattr(dispatch, "use_triton", way)
+        net.zero_grad()
+        y = net(x)
+        (y * randn(*y.shape, seed=9)).sum().backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters() if p.requires_grad)])
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).abs().max() <= 1e-4 * max(1, plain.abs().max())
+
+
+class Layouts(TorchDispatchMode):
+    """Copies of 5-dimensional tensors of a batch of 2 from one memory layout to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() == 5 and len(out) == 2:
+            sources = [tensor for tensor in args if isinstance(tensor, torch.Tensor) and tensor.shape == out.shape]
+            if any(is_dense(tensor) and tensor.stride() != out.stride() for tensor in sources) and is_dense(out):
+                self.copies.append((function, *(tensor.stride() for tensor in (*sources, out))))
+        return out
+
+
+def is_dense(tensor):
+    return tensor.is_contiguous() or tensor.movedim(1, -1).is_contiguous()
+
+
+def test_mednext_by_kernels_copies_nothing_into_another_layout():
+    net, _ = network("mednext")
+    image = randn(2, 1, 2, 2, 4)
+    with Layouts() as layouts:
+        features = net.encoder(image)
+        y = net.decoder.stage(0, features[1], features[0])  # the head is PyTorch's convolution, which chooses itself
+        y.backward(torch.ones_like(y))
+    assert layouts.copies == []
+    assert y.movedim(1, -1).is_contiguous()
+
+
+def test_networks_by_kernels_are_one_graph_of_the_same_numbers():
+    net, x = network("light")
+    results = []
+    for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        net.zero_grad()
+        y = run(x)
+        (y * randn(*y.shape, seed=9)).sum().backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters())])
+    torch.compiler.reset()
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).abs().max() <= 1e-4 * max(1, plain.abs().max())
+
+
 # The choice -----------------------------------------------------------------------------------------------------------
 
 
@@ -139,3 +333,26 @@ def test_kernels_that_do_not_compile_are_a_reason_not_a_crash(monkeypatch):
     self_test = sys.modules["amaes.models.ops.kernels.self_test"]
     monkeypatch.setattr(self_test, "triton_depthwise", broken)
     assert dispatch.kernels_fault(DEVICE) == "RuntimeError: no C compiler"
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [(None, "operations in Triton"), ("no luck", "operations of PyTorch (no Triton kernels: no luck)")],
+)
+def test_the_log_says_which_kernels_a_gpu_has(monkeypatch, fault, line):
+    monkeypatch.setattr(dispatch, "_faults", {0: fault})
+    assert ops.describe(torch.device("cuda", 0)) == line
+    assert ops.are_fused(torch.device("cuda", 0)) == (fault is None)
+    assert ops.describe(torch.device("cpu")) == "operations of the CPU"
+    assert not ops.are_fused(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "the GPU's compute capability is below 8.0"), ((8, 0), "")]
+)
+def test_kernels_need_a_gpu_with_bfloat16(monkeypatch, capability, reason):
+    monkeypatch.setattr(dispatch, "_faults", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "kernels_fault", lambda device: "")
+    assert dispatch.triton_fault(0) == reason
+    assert dispatch._faults == {0: reason}  # not tested again

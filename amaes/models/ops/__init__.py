@@ -1,5 +1,6 @@
 """The operations that take the networks' time, one file each.
 
+    conv        convolution before a norm (`unet.ConvUnit`, `resenc`)
     norm_act    instance norm and leaky ReLU (`unet.ConvUnit`)
     up_conv     an upsampling and the convolution after it (`decoder.UNetDecoder`)
     depthwise   depthwise convolution (`mednext.Block`)
@@ -12,11 +13,24 @@ folder `kernels`), and the CPU's. A way for another device is written below thos
 says which way an input takes, and in which number type.
 """
 
+from amaes.models.ops.conv import conv_before_norm
 from amaes.models.ops.depthwise import depthwise
-from amaes.models.ops.dispatch import describe
-from amaes.models.ops.norm_act import norm_act
+from amaes.models.ops.dispatch import are_fused, describe
+from amaes.models.ops.norm_act import norm_act, norm_only
 from amaes.models.ops.norm_mlp import norm_mlp, response_norm
 from amaes.models.ops.pointwise import pointwise
 from amaes.models.ops.up_conv import fused_is_cheaper, up_conv
 
-__all__ = ["depthwise", "describe", "fused_is_cheaper", "norm_act", "norm_mlp", "pointwise", "response_norm", "up_conv"]
+__all__ = [
+    "are_fused",
+    "conv_before_norm",
+    "depthwise",
+    "describe",
+    "fused_is_cheaper",
+    "norm_act",
+    "norm_mlp",
+    "norm_only",
+    "pointwise",
+    "response_norm",
+    "up_conv",
+]

@@ -53,12 +53,21 @@ def kernels_fault(device: torch.device) -> str | None:
     return f"wrong numbers of {', '.join(wrong)}" if wrong else None
 
 
+def are_fused(device: torch.device) -> bool:
+    """Whether networks on `device` have Triton kernels, which do several operations in one."""
+    return device.type == "cuda" and triton_fault(_index(device)) is None
+
+
 def describe(device: torch.device) -> str:
     """For the log: which operations networks on `device` have."""
     if device.type != "cuda":
         return "operations of the CPU" if device.type == "cpu" else "operations of PyTorch"
-    fault = triton_fault(torch.cuda.current_device() if device.index is None else device.index)
+    fault = triton_fault(_index(device))
     return "operations in Triton" if fault is None else f"operations of PyTorch (no Triton kernels: {fault})"
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -2,38 +2,95 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from amaes.models.ops.dispatch import without_autocast
+from amaes.models.ops import dispatch
+from amaes.models.ops.dispatch import from_rows, without_autocast
 
 SLOPE = 0.01  # of the leaky ReLU for negative numbers
 MAX_SHIFT = 8.0  # largest |shift| / |scale| at which the norm's input is computed from its output: 3 bits are lost
 
 
 def norm_act(x: torch.Tensor, norm: nn.InstanceNorm3d) -> torch.Tensor:
-    """Instance norm, then leaky ReLU of slope 0.01; in eager mode autograd keeps one tensor for both.
+    """Instance norm, then leaky ReLU of slope 0.01; autograd keeps one tensor for both.
 
-    Both functions can be inverted, so it is enough to keep the output, which the next convolution keeps anyway. The
-    input is kept too where the scale of a channel is so small that the inverse loses its digits, and on a GPU, where
-    the test of the scales would wait for the device. That is as much as the norm and a leaky ReLU in place keep.
+    Both functions can be inverted, so it is enough to keep the output, which the next convolution keeps anyway. Where
+    the scale of a channel is so small that the inverse loses its digits, the input is kept: instead of the output in
+    Triton, elsewhere beside it, which is as much as the norm and a leaky ReLU in place keep.
 
     Args:
         x: (B, C, X, Y, Z).
         norm: affine, without running statistics. Statistics are in float32 (or float64) whatever autocast says.
     """
+    if dispatch.use_triton(x):
+        return _triton(x, norm, SLOPE)
     if torch.compiler.is_compiling():  # one graph, in which the compiler decides what to keep
         return _plain(x, norm)
     return _NormAct.apply(x, norm.weight, norm.bias, norm.eps)
+
+
+def norm_only(x: torch.Tensor, norm: nn.InstanceNorm3d | nn.GroupNorm) -> torch.Tensor:
+    """Instance norm, or a group norm of one channel per group: (B, C, X, Y, Z) to the same."""
+    return _triton(x, norm, slope=1.0) if dispatch.use_triton(x) else norm(x)
 
 
 def _plain(x: torch.Tensor, norm: nn.InstanceNorm3d) -> torch.Tensor:
     return F.leaky_relu(norm(x), SLOPE)
 
 
-# In eager mode, on every device ---------------------------------------------------------------------------------------
+# In Triton ------------------------------------------------------------------------------------------------------------
+
+
+def _triton(x: torch.Tensor, norm: nn.InstanceNorm3d | nn.GroupNorm, slope: float) -> torch.Tensor:
+    """As rows of channels: without a copy where `x` is in channels-last memory, in which the output is as well."""
+    from amaes.models.ops.kernels.norm_act import norm_act as rows_norm_act
+
+    rows = x.movedim(1, -1).contiguous()
+    # A graph cannot hold the answer of `_is_invertible`, which may change.
+    keep_input = torch.compiler.is_compiling() or (torch.is_grad_enabled() and not _is_invertible(norm))
+    y, _ = rows_norm_act(rows, norm.weight, norm.bias, norm.eps, slope, keep_input)
+    return from_rows(y)
+
+
+def _is_invertible(norm: nn.Module) -> bool:
+    """Whether the norm's input can be computed from its output. Only the first call waits for the device."""
+    if norm not in _answers:
+        _answers[norm] = _Answer(norm)
+    return _answers[norm].of_this_step(norm)
+
+
+class _Answer:
+    """Whether a norm can be inverted, asked anew every 16 updates of its scale; the answer is read 16 updates later.
+
+    Within a step it stays the same, also for a stage that activation checkpointing runs twice.
+    """
+
+    every = 16
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.answer = bool(_scales_are_large(norm.weight, norm.bias))
+        self.arriving = torch.full((), self.answer, pin_memory=norm.weight.is_cuda)
+        self.version, self.updates = norm.weight._version, 0
+
+    def of_this_step(self, norm: nn.Module) -> bool:
+        if norm.weight._version != self.version:
+            self.version = norm.weight._version
+            self.updates += 1
+            if self.updates % self.every == 0:
+                self.answer = bool(self.arriving)
+                self.arriving.copy_(_scales_are_large(norm.weight.detach(), norm.bias.detach()), non_blocking=True)
+        return self.answer
+
+
+_answers: WeakKeyDictionary[nn.Module, _Answer] = WeakKeyDictionary()
+
+
+# Elsewhere, in eager mode ---------------------------------------------------------------------------------------
 
 
 class _NormAct(torch.autograd.Function):
@@ -45,7 +102,7 @@ class _NormAct(torch.autograd.Function):
         scales, shifts = scale.repeat(len(x)), shift.repeat(len(x))
         y, mean, rstd = torch.native_batch_norm(rows, scales, shifts, None, None, True, 0.0, eps)
         y = F.leaky_relu_(y, SLOPE).view(x.shape)
-        ctx.save_for_backward(y, None if _is_invertible(scale, shift) else rows, scales, shifts, mean, rstd)
+        ctx.save_for_backward(y, None if _keeps_output_only(scale, shift) else rows, scales, shifts, mean, rstd)
         ctx.eps = eps
         return y
 
@@ -65,8 +122,12 @@ class _NormAct(torch.autograd.Function):
         return grad_x.view_as(y), grad_scale, grad_shift, None
 
 
-def _is_invertible(scale: torch.Tensor, shift: torch.Tensor) -> bool:
+def _scales_are_large(scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    return (shift.abs() < MAX_SHIFT * scale.abs()).all()
+
+
+def _keeps_output_only(scale: torch.Tensor, shift: torch.Tensor) -> bool:
     """Whether the norm's input can be computed from its output; False on a GPU, which is not waited for."""
     if scale.device.type == "cpu":
-        return bool((shift.abs() < MAX_SHIFT * scale.abs()).all())
+        return bool(_scales_are_large(scale, shift))
     return scale.device.type == "meta"

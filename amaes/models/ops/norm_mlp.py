@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from amaes.models.ops import dispatch
 from amaes.models.ops.dispatch import SPACE, autocast_off, compute_dtype, wide_dtype, without_autocast
+from amaes.models.ops.norm_act import norm_only
 from amaes.models.ops.pointwise import pointwise
 
 PIECE = 2**20  # numbers of the hidden tensor that are computed at a time on the CPU, so that they stay in its cache
@@ -61,7 +62,7 @@ def _over_channels(g: torch.Tensor, divisor: str, dim: int) -> torch.Tensor:
 def _plain(
     x: torch.Tensor, norm: nn.GroupNorm, expand: nn.Conv3d, project: nn.Conv3d, grn: nn.Module | None
 ) -> torch.Tensor:
-    h = pointwise(norm(x), expand.weight, expand.bias)  # (B, H, X, Y, Z)
+    h = pointwise(norm_only(x, norm), expand.weight, expand.bias)  # (B, H, X, Y, Z)
     h = F.gelu(h)
     if grn is not None:
         h = response_norm(h, grn.gamma, grn.beta, grn.divisor)

@@ -1,0 +1,95 @@
+"""A convolution whose output goes into an instance norm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from amaes.models.ops import dispatch
+from amaes.models.ops.dispatch import autocast_off, compute_dtype, from_rows, without_autocast
+
+MOST_TAPS = 128  # input channels * kernel^3 of a convolution that is computed as a matrix product
+
+
+def conv_before_norm(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
+    """`conv(x)`, but for a constant of each channel, which the norm after it takes away again.
+
+    Args:
+        x: (B, C, X, Y, Z).
+        conv: of odd kernel k, padding k // 2.
+    """
+    return _channels_last(x, conv) if dispatch.use_triton(x) else conv(x)
+
+
+# Beside Triton kernels, on NVIDIA GPUs --------------------------------------------------------------------------------
+
+
+def _channels_last(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
+    """In channels-last memory, without the bias, which PyTorch adds in a pass of its own.
+
+    cuDNN is slow where the input has few channels, as an image has. That convolution is a product of matrices.
+    """
+    weight = conv.weight if conv.bias is None else _ZeroGradient.apply(conv.weight, conv.bias)
+    few = weight[0].numel() <= MOST_TAPS and conv.stride == (1, 1, 1)
+    if few and not x.requires_grad and not torch.compiler.is_compiling():
+        dtype = compute_dtype(x)
+        with autocast_off(x):
+            return from_rows(_Product.apply(x.to(dtype), weight.to(dtype)))
+    if x.shape[1] == 1:  # one channel says "channels last" by its strides alone
+        x = from_rows(x[:, 0, ..., None])
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    return F.conv3d(x, weight, None, conv.stride, conv.padding)
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """The weight; in the backward pass the bias gets zeros, as a bias before a norm does, up to rounding.
+
+    Without any gradient, optimizers would leave it out, and DDP would wait for it.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, bias):
+        ctx.save_for_backward(bias)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (bias,) = ctx.saved_tensors
+        return grad, torch.zeros_like(bias)
+
+
+class _Product(torch.autograd.Function):
+    """Convolution of stride 1 as a product of the neighbourhoods of all voxels, which are written twice but not kept.
+
+    (B, C, X, Y, Z) and (O, C, k, k, k) to rows (B, X, Y, Z, O). The input gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        taps = weight.flatten(1)
+        rows = _neighbourhoods(x, weight.shape[-1])
+        y = rows @ F.pad(taps, (0, rows.shape[1] - taps.shape[1])).t()
+        return y.view(len(x), *x.shape[2:], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = _neighbourhoods(x, weight.shape[-1])
+        taps = grad.reshape(-1, len(weight)).t() @ rows
+        return None, taps[:, : weight[0].numel()].reshape(weight.shape)
+
+
+def _neighbourhoods(x: torch.Tensor, k: int) -> torch.Tensor:
+    """(B, C, X, Y, Z) to (B X Y Z, C k^3), with zeros up to a multiple of 16 columns, as matrix units want."""
+    cubes = F.pad(x, (k // 2,) * 6)
+    for axis in (2, 3, 4):
+        cubes = cubes.unfold(axis, k, 1)  # at last (B, C, X, Y, Z, k, k, k)
+    taps = x.shape[1] * k**3
+    rows = x.new_zeros((x[:, 0].numel(), taps + -taps % 16))
+    rows[:, :taps].view(len(x), *x.shape[2:], x.shape[1], k, k, k).copy_(cubes.movedim(1, 4))
+    return rows
