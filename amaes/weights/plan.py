@@ -169,7 +169,8 @@ def with_usual_names(tensors: Mapping[str, object], plan: Plan, where: object) -
         where: the file, for messages.
 
     Raises:
-        ValueError: no tensor's name begins as the plan says, or the first convolution has other input channels.
+        ValueError: no tensor's name begins as the plan says, two would become one, or the first convolution has other
+            input channels.
     """
     table = {name: f"encoder.stem.convs.0.{'all_modules.0' if i else 'conv'}" for i, name in enumerate(plan.first)}
     if plan.first and not _any_begins(tensors, plan.first):
@@ -188,7 +189,13 @@ def with_usual_names(tensors: Mapping[str, object], plan: Plan, where: object) -
             raise ValueError(f"{where}: its plan says {plan.in_channels} input channels, {name}.weight is {shape}")
     longest_first = sorted(table, key=len, reverse=True)
     pattern = re.compile(rf"^({'|'.join(map(re.escape, longest_first))})(?=\.)") if table else re.compile("$^")
-    return {pattern.sub(lambda match: table[match[1]], key): value for key, value in tensors.items()}
+    renamed: dict[str, object] = {}
+    for key, value in tensors.items():
+        usual_key = pattern.sub(lambda match: table[match[1]], key)
+        if usual_key in renamed:
+            raise ValueError(f"{where}: by its plan, {key} and another tensor would both become {usual_key}")
+        renamed[usual_key] = value
+    return renamed
 
 
 def _any_begins(keys: Iterable[str], names: Iterable[str]) -> bool:

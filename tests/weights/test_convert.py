@@ -204,6 +204,8 @@ def test_an_old_checkpoint_as_safetensors_loads(tmp_path):
     with torch.device("meta"):
         network = build_segmenter("unet_b")
     assert checkpoint.load_encoder(network, tmp_path / "new.safetensors").coverage == 1.0
+    convert_weights(tmp_path / "new.safetensors", tmp_path / "back.pt")
+    assert torch.equal(read(tmp_path / "back.pt")["state_dict"][key := next(iter(weights))], weights[key])
 
 
 def command(capsys, *words, status=0):

@@ -169,12 +169,14 @@ def test_a_plan_for_the_whole_encoder():
     [
         ({"key_to_encoder": "enc"}, "its plan names enc, with which no tensor's name begins"),
         ({"keys_to_in_proj": ["stem.0"]}, r"first convolution is stem\.0, which is not in it"),
+        ({"keys_to_in_proj": ["input"]}, r"would both become encoder\.stem\.convs\.0\.conv\.weight"),
         ({"pretrain_num_input_channels": 4}, r"its plan says 4 input channels, .*conv\.weight is \(32, 1, 3, 3, 3\)"),
     ],
 )
 def test_a_plan_that_contradicts_the_file_is_refused(change, message):
+    given = mock(**{"input.weight": torch.empty(32, 1, 3, 3, 3, device="meta")})
     with pytest.raises(ValueError, match=f"file: .*{message}"):
-        convert({"network_weights": mock()}, "file", read_plan(edited(**change), "plan"))
+        convert({"network_weights": given}, "file", read_plan(edited(**change), "plan"))
 
 
 def test_another_network_is_named_as_the_plan_names_it():
