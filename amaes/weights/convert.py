@@ -92,7 +92,9 @@ def _read(path: Path, trust: bool) -> tuple[str, Mapping]:
     problem = ""
     for how, read_so in ways.items():
         try:
-            content = read_so(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is odd about the file shows in what comes of it
+                content = read_so(path)
         except Exception as error:  # a pickle can be odd in any way
             problem = _reason(error)
             continue
@@ -122,10 +124,8 @@ def _reason(error: Exception) -> str:
 
 
 def _read_as_it_is(path: Path) -> object:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # The one place where a pickle may run code: the user asked for it by name, for a file whose source he trusts.
-        return torch.load(path, map_location="cpu", weights_only=False)
+    # The one place where a pickle may run code: the user asked for it by name, for a file whose source he trusts.
+    return torch.load(path, map_location="cpu", weights_only=False)
 
 
 # Stand-ins ------------------------------------------------------------------------------------------------------------
