@@ -229,7 +229,7 @@ def evaluate_fold(fold: Fold, store: Store, metrics: list[str], args: argparse.N
         content = {
             "format": "amaes-results-1",
             "fold": fold.number,
-            "checkpoint": {"file": fold.checkpoint.name, "step": meta["step"], "sha256": made_by["checkpoint"]},
+            "checkpoint": {"file": fold.checkpoint.name, "step": meta.get("step"), "sha256": made_by["checkpoint"]},
             "settings": settings,
             "config_hash": Config.from_dict(store.config).hash(),
             "dice": scores.fold_score(means),

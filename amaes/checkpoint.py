@@ -165,6 +165,7 @@ def read_ours(path: Path, to_segment: bool = False) -> dict:
             f"{path}: a checkpoint of task {content['task']!r}; fine-tune it first (train_finetune.py, `weights`)"
         )
     _check_entries(path, content, "model", "build", "preprocess", "channels", "labels", "patch_size")
+    _check_input(path, content)
     return content
 
 
@@ -181,6 +182,9 @@ def load_segmenter(path: str | Path, device: torch.device | str = "cpu") -> tupl
     """
     path = find_one(path)
     content = read_ours(path, to_segment=True)
+    _check_input(path, content)
+    if "num_classes" not in content["build"]:
+        raise ValueError(f"{path}: its 'build' does not say how many classes there are (num_classes)")
     network = _rebuild(path, content)
     load_weights(network, path, content["model"])
     meta = {key: value for key, value in content.items() if key not in ("model", "optimizer")}
@@ -253,11 +257,46 @@ def _check_entries(path: Path, content: dict, *names: str) -> None:
         raise ValueError(f"{path}: its 'model' holds other things than tensors")
 
 
+def _check_input(path: Path, content: dict) -> None:
+    """Refuse a checkpoint that does not say what its network sees, and what its outputs are called."""
+    for name, (is_right, expected) in _INPUT.items():
+        if not is_right(content[name]):
+            raise ValueError(f"{path}: its {name!r} is {content[name]!r:.80}, expected {expected}")
+    try:
+        Config.from_dict(content["preprocess"])
+    except ValueError as error:
+        raise ValueError(f"{path}: its 'preprocess' is not what preprocessing wrote ({error})") from None
+    count = content["build"].get("in_channels", len(content["channels"]))
+    if count != len(content["channels"]):
+        raise ValueError(f"{path}: its network takes {count!r:.80} channels, it names {len(content['channels'])}")
+
+
+def _is_class(value: object, name: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"\d{1,3}", value)) and isinstance(name, str)
+
+
+_INPUT = {  # of a checkpoint: whether a value of the right type is right, and which are
+    "channels": (lambda value: value and all(isinstance(name, str) for name in value), "names of channels"),
+    "labels": (lambda value: all(_is_class(*pair) for pair in value.items()), "label values and their names"),
+    "patch_size": (
+        lambda value: len(value) == 3 and all(type(side) is int and 1 <= side <= 4096 for side in value),
+        "three sides of 1 to 4096 voxels",
+    ),
+}
+
+
+_MOST = {"in_channels": 4096, "num_classes": 65536}
+
+
 def _rebuild(path: Path, content: dict) -> Network:
+    for name, most in _MOST.items():  # a damaged number must not fill the memory
+        count = content["build"].get(name, 1)
+        if type(count) is not int or not 1 <= count <= most:
+            raise ValueError(f"{path}: its 'build' describes no network ({name} is {count!r:.80}, at most {most})")
     try:
         return build_network(content["task"], content["build"])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: its 'build' describes no network ({error})") from None
+        raise ValueError(f"{path}: its 'build' describes no network ({first_line(error)})") from None
 
 
 # Preprocessing --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from amaes.data.case_record import check_record
 from amaes.files import first_line, read_json
 from amaes.preprocess.config import IGNORED, STORE_FORMAT, Config
 from amaes.preprocess.file_names import fault_of_id
@@ -58,10 +59,10 @@ class Store:
             found = content.get("format") if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{index}: format {found!r}, expected {STORE_FORMAT!r}")
         try:
-            self.channels = [str(name) for name in content["channels"]]
+            self.channels = _listed(content, "channels", str)
             self.labels = {int(value): str(name) for value, name in content["labels"].items()}
             self.config = dict(content["config"])
-            self.cases = [_case(entry) for entry in content["cases"]]
+            self.cases = [_case(entry) for entry in _listed(content, "cases", dict)]
             ignores = _check(self.channels, self.labels, self.config).ignores
             self.ignored = IGNORED if ignores and IGNORED not in self.labels else None
             self._index = {case.id: i for i, case in enumerate(self.cases)}
@@ -118,17 +119,22 @@ class Store:
         """The memory-mapped label of a case: (X, Y, Z), uint8; raises what `image` does."""
         return _open(self._file(id, "_label.npy"), self.cases[self.index(id)].shape, np.integer)
 
-    def properties(self, id: str) -> dict:
+    def properties(self, id: str, *needed: str) -> dict:
         """What preprocessing recorded of a case.
+
+        Args:
+            id: of the case.
+            needed: fields that must be there.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a JSON object; names the file.
+            ValueError: not a JSON object, or fields are missing or not as in `case_record.FIELDS`; names the file.
         """
         path = self._file(id, ".json")
         content = read_json(path)
         if not isinstance(content, dict):
             raise ValueError(f"{path}: holds a {type(content).__name__}, expected the properties of a case")
+        check_record(path, content, needed)
         return content
 
     def _file(self, id: str, suffix: str) -> Path:
@@ -139,6 +145,13 @@ def _state(path: Path) -> tuple[int, ...]:
     """What changes when a file is written anew."""
     state = path.stat()
     return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _listed(content: dict, name: str, kind: type) -> list:
+    """A list of the index, all of one type."""
+    if not isinstance(content[name], list) or not all(isinstance(entry, kind) for entry in content[name]):
+        raise ValueError(f"its {name} are {content[name]!r:.80}, expected a list of {kind.__name__}")
+    return content[name]
 
 
 def _case(entry: dict) -> Case:

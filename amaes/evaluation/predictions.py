@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from amaes.data.case_record import OF_FILE
 from amaes.data.store import Store
 from amaes.evaluation.folds import Fold
 from amaes.files import read_json, write_json, written_whole
@@ -63,13 +64,13 @@ class NativeSpace:
 
     def save(self, id: str, logits: torch.Tensor) -> None:
         """Write the prediction of a case with the values that the label files hold; logits (K, x, y, z)."""
-        properties = self._store.properties(id)
+        properties = self._store.properties(id, *OF_FILE)
         values = undo_label_map(restore_labels(logits, properties), self._config.label_map)
         write_like(self.path(id), values, properties)
 
     def reference(self, id: str) -> Reference:
         """The label file of a case; RejectedInput where it cannot be read."""
-        path, warnings = Path(self._store.properties(id)["label_file"]), []
+        path, warnings = Path(self._store.properties(id, "label_file")["label_file"] or ""), []
         header, _ = read_file(path, self._config)
         config, leaves_out = self._config, self._store.ignored is not None
         if self._ignored_label is not None:
@@ -124,7 +125,7 @@ class StoreSpace:
 
     def reference(self, id: str) -> Reference:
         """The preprocessed label of a case."""
-        at = self._store.properties(id)
+        at = self._store.properties(id, "cropped_shape", "ras_spacing", "resampled_shape")
         sides = zip(at["cropped_shape"], at["ras_spacing"], at["resampled_shape"], strict=True)
         spacing = tuple(count * size / resampled for count, size, resampled in sides)  # shapes are rounded, so not 1 mm
         labels, ignored = np.asarray(self._store.label(id)), None
