@@ -88,7 +88,7 @@ from amaes.distributed import pick_device
 from amaes.evaluation import scores, tables
 from amaes.evaluation.case_pictures import pictures_of
 from amaes.evaluation.folder_scores import folder_note, measure_folder
-from amaes.evaluation.folds import Fold, Run, check_cases, check_classes, open_run, pretraining_options
+from amaes.evaluation.folds import Fold, Run, check_cases, check_classes, names_of_scores, open_run, pretraining_options
 from amaes.evaluation.measure import metrics_with_earlier, predict_and_measure
 from amaes.evaluation.outputs import write_results
 from amaes.evaluation.predictions import SPACES, open_predictions
@@ -178,7 +178,7 @@ def evaluate_run(run: Run, args: argparse.Namespace, device: torch.device) -> tu
         "store": {"path": str(run.store.path), "id": run.store.fingerprint},
         "settings": results[0]["settings"],
         "checkpoints": [fold["checkpoint"] for fold in results],
-        "labels": {str(value): name for value, name in run.store.labels.items()},
+        "labels": names_of_scores(run.store),
         **scores.summarise(results),
     }
     text = tables.run_tables(summary["run"], summary, summary["labels"], tables.settings_note(summary))

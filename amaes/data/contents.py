@@ -50,6 +50,7 @@ def contents(store: Store) -> dict:
             {"value": value, "name": name, "cases": len(volumes[value]), "ml": _range(volumes[value])}
             for value, name in classes.items()
         ],
+        "regions": {name: list(values) for name, values in store.regions.items()},
         "splits": _splits(store),
     }
 
@@ -94,6 +95,7 @@ def as_text(found: dict) -> str:
     for row in found["classes"]:
         ml = "" if row["ml"] is None else "; ml: {min:.3g} to {max:.3g}, median {median:.3g}".format(**row["ml"])
         lines.append(f"label {row['value']} {row['name']}: in {row['cases']} cases{ml}")
+    lines += [f"region {name}: labels {' '.join(map(str, of))}" for name, of in found["regions"].items()]
     for split in found["splits"]:
         sizes = ", ".join(f"{count} {side}" for side, count in split["cases"].items())
         old = "" if split["current"] else "; of earlier cases, not used any more"

@@ -39,6 +39,7 @@ class Store:
         cases: sorted by id.
         channels: names, in the order of the arrays' first axis.
         labels: value to name, {0: "background", ...}; empty where no case has a label.
+        regions: name to label values that are scored as one, such as {"whole": (1, 2, 3)}; mostly empty.
         config: the preprocessing configuration as plain data.
         ignored: the label value of voxels that are left out of losses and scores; None where there are none.
 
@@ -61,6 +62,7 @@ class Store:
         try:
             self.channels = _listed(content, "channels", str)
             self.labels = {int(value): str(name) for value, name in content["labels"].items()}
+            self.regions = _regions(content.get("regions", {}), self.labels)
             self.config = dict(content["config"])
             self.cases = [_case(entry) for entry in _listed(content, "cases", dict)]
             ignores = _check(self.channels, self.labels, self.config).ignores
@@ -91,6 +93,14 @@ class Store:
     def num_classes(self) -> int:
         """Output channels of a segmentation network: the largest label value + 1."""
         return max(self.labels, default=0) + 1
+
+    def scored(self, num_classes: int) -> dict[str, tuple[int, ...]]:
+        """What is scored, name to classes of a network: the regions, or every class of the store by its number.
+
+        A number between them that no label has (1, 3: 2) is no class.
+        """
+        groups = self.regions or {str(value): (value,) for value in sorted(self.labels) if value > 0}
+        return {name: values for name, values in groups.items() if max(values) < num_classes}
 
     def declared(self, id: str) -> np.ndarray:
         """Which values the label of a case may hold: (256,), bool."""
@@ -176,6 +186,14 @@ def _case(entry: dict) -> Case:
 def _row(case: Case) -> tuple:
     """What the fingerprint says of a case."""
     return case.id, case.subject, case.labelled, case.shape, case.session, case.sequence
+
+
+def _regions(content: dict, labels: dict[int, str]) -> dict[str, tuple[int, ...]]:
+    regions = {str(name): tuple(map(int, values)) for name, values in content.items()}
+    for name, values in regions.items():
+        if not name.isprintable() or not values or not set(values) <= set(labels) - {0}:
+            raise ValueError(f"region {name!r:.80}: labels {values!r:.80}, expected some of {sorted(labels)!r:.80}")
+    return regions
 
 
 def _check(channels: list[str], labels: dict[int, str], config: dict) -> Config:

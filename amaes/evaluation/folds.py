@@ -209,9 +209,10 @@ def pretraining_options(options: dict) -> dict | None:
     return made_with
 
 
-def scored_classes(store: Store, num_classes: int) -> dict[str, tuple[int]]:
-    """The classes to score: those of the store. A number between them that no label has (1, 3: 2) is no class."""
-    return {str(value): (value,) for value in sorted(store.labels) if 0 < value < num_classes}
+def names_of_scores(store: Store) -> dict[str, str]:
+    """What tables call the scores: the names of the classes; regions with their labels."""
+    regions = {name: f"{name} ({' + '.join(map(str, values))})" for name, values in store.regions.items()}
+    return {**{str(value): name for value, name in store.labels.items()}, **regions}
 
 
 def check_classes(runs: Sequence[Run]) -> None:
@@ -225,7 +226,7 @@ def check_classes(runs: Sequence[Run]) -> None:
     classes = []
     for run in runs:
         num_classes = checkpoint.load_segmenter(run.folds[0].checkpoint)[1]["build"]["num_classes"]
-        classes.append([int(name) for name in scored_classes(run.store, num_classes)])
+        classes.append(", ".join(run.store.scored(num_classes)))
     for run, of_run in zip(runs, classes, strict=True):
         if of_run != classes[0]:
             raise ValueError(

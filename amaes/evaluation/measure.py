@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from amaes.data.store import Store
 from amaes.evaluation.command_line import failure_message, stop_if_disk_full
-from amaes.evaluation.folds import Fold, Run, scored_classes
+from amaes.evaluation.folds import Fold, Run
 from amaes.evaluation.predictions import Space, predict_once
 from amaes.files import is_disk_full, read_json
 from amaes.metrics import METRICS, measure_case
@@ -44,7 +44,7 @@ def predict_and_measure(
         OSError: the disk is full.
     """
     num_classes = meta["build"]["num_classes"]
-    measured = {**measured, "regions": scored_classes(store, num_classes)}
+    measured = {**measured, "regions": store.scored(num_classes)}
     cases, failed = [], {}
     for id in tqdm(fold.test, desc=str(fold.folder), unit="case", disable=None):
         try:  # one case must not end the others

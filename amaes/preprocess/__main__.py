@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from amaes.cli import EXIT_OK, Parser, as_options, integer, real, run, workers
 from amaes.preprocess.config import CHOICES, IGNORED, MIN_AXIS, SPACING, Config
 from amaes.preprocess.file_names import SEQUENCES, printable
-from amaes.preprocess.source_tables import CORPUS_FILTER, SOURCES, source_name
+from amaes.preprocess.option_types import label_mapping, label_name, region, shard, source
+from amaes.preprocess.source_tables import CORPUS_FILTER, SOURCES
 
 if TYPE_CHECKING:
     from amaes.preprocess.collection import Collection
@@ -54,7 +55,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     for name, why in (("overwrite", "a shard started again would redo its cases"), ("prune", "a shard has some cases")):
         if args.shard is not None and getattr(args, name):
             parser.error(f"--shard and --{name} exclude each other: {why}")
-    for name in ("label_map", "label_names"):
+    for name in ("label_map", "label_names", "regions"):
         _refuse_contradictions(parser, name, getattr(args, name) or ())
     if args.list and not args.dry_run:
         parser.error("--list: goes with --dry-run")
@@ -64,12 +65,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _refuse_contradictions(parser: Parser, option: str, pairs: Sequence[tuple[int, object]]) -> None:
-    """Refuse one label value with two meanings, and one name of two values."""
-    meaning: dict[int, object] = {}
+def _refuse_contradictions(parser: Parser, option: str, pairs: Sequence[tuple]) -> None:
+    """Refuse one label value (or region) with two meanings, and one name of two values."""
+    meaning: dict[object, object] = {}
     for value, new in pairs:
         if meaning.setdefault(value, new) != new:
-            parser.error(f"{_flag(option)}: label {value} becomes both {meaning[value]} and {new}")
+            parser.error(f"{_flag(option)}: {value} becomes both {meaning[value]} and {new}")
     names = [name for name in meaning.values() if isinstance(name, str)]
     if len(set(names)) < len(names):
         name = max(names, key=names.count)
@@ -88,7 +89,7 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
     kinds.add_argument(
         "--source",
         action="append",
-        type=_source,
+        type=source,
         metavar="NAME=DIR",
         help="folder of a data set as it is distributed; each volume is a case; may be given several times; NAME: "
         + ", ".join(SOURCES),
@@ -135,7 +136,7 @@ def _add_label_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--label-map",
         nargs="+",
-        type=_label_mapping,
+        type=label_mapping,
         metavar="OLD:NEW",
         help="label values to replace; OLD:ignore leaves voxels out of loss, sampling and scores, as dataset.json does "
         "with a label called ignore",
@@ -143,9 +144,18 @@ def _add_label_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--label-names",
         nargs="+",
-        type=_label_name,
+        type=label_name,
         metavar="VALUE:NAME",
         help="names of label values, as the files hold them (default: of dataset.json, else label_VALUE)",
+    )
+
+    group.add_argument(
+        "--regions",
+        nargs="+",
+        type=region,
+        metavar="VALUES:NAME",
+        help="label values, as the files hold them, that are scored as one, such as 1,2,4:whole 1,4:core 4:enhancing "
+        "(default: of dataset.json, else every class is scored)",
     )
 
 
@@ -195,7 +205,7 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--shard",
-        type=_shard,
+        type=shard,
         metavar="I/N",
         help="do every Nth case from the Ith on (I = 0..N-1), for array jobs that write one STORE; when all are done, "
         "run once without --shard",
@@ -269,46 +279,6 @@ def _add_fault_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--allow-rejects", action="store_true", help="exit with status 0 although inputs were rejected")
 
 
-def _label_mapping(text: str) -> tuple[int, int]:
-    """argparse type: OLD:NEW."""
-    old, separator, new = text.partition(":")
-    try:
-        pair = int(old), IGNORED if new == "ignore" else int(new)
-    except ValueError:
-        separator = ""
-    if not separator or abs(pair[0]) >= 1 << 32 or not 0 <= pair[1] < IGNORED + (new == "ignore"):
-        accepted = f"two whole numbers, the new one in 0..{IGNORED - 1} or ignore"
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not OLD:NEW, {accepted}")
-    return pair
-
-
-def _label_name(text: str) -> tuple[int, str]:
-    """argparse type: VALUE:NAME."""
-    value, _, name = text.partition(":")
-    if not re.fullmatch(r"-?\d{1,9}", value.strip()) or not name.strip() or not name.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not VALUE:NAME, a whole number and a name")
-    return int(value), name.strip()
-
-
-def _source(text: str) -> tuple[str, Path]:
-    """argparse type: NAME=DIR."""
-    name, separator, folder = text.partition("=")
-    try:
-        if not separator or not folder:
-            raise ValueError(f"{text!r} is not NAME=DIR")
-        return source_name(name), Path(folder).expanduser()  # shells do not expand a ~ after "="
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """argparse type: I/N."""
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not I/N, two whole numbers below a million, I in 0..N-1")
-    return int(match[1]), int(match[2])
-
-
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -331,6 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_OK
     collection, label_map = _from_sources(args) if args.source else _from_images(args)
     collection = _with_names(collection, args.label_names or (), label_map)
+    if args.regions:
+        collection = dataclasses.replace(collection, regions=dict(args.regions))
     names = [field.name for field in dataclasses.fields(Config) if field.name not in ("label_map", "spacing")]
     settings = {name: getattr(args, name) for name in names}
     config = Config(label_map=label_map, spacing=tuple(args.spacing), **settings)

@@ -52,6 +52,7 @@ class Collection:
         foreground_name: name of a single foreground class where no classes are declared.
         unused: files that belong to no case; filled only where cases are collected for a network, else they are a note.
         names: of label values as the files hold them, given by the user; they go before all others.
+        regions: name to label values, as the files hold them, that are scored as one; empty: every value is.
     """
 
     items: list[Item]
@@ -61,6 +62,7 @@ class Collection:
     foreground_name: str | None = None
     unused: list[Path] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def left_out(self) -> list[int]:

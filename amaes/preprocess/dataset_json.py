@@ -18,6 +18,7 @@ class DatasetJson:
     Attributes:
         channels: names.
         classes: label value to name.
+        regions: name to label values that are scored as one (nnU-Net); empty where every value stands for itself.
         numbered: the files of a case end in _0000, _0001, ..., one per channel (nnU-Net).
         training: image files of the training list.
         cases: where the files of each case are listed (nnU-Net's key "dataset"): one per channel, and the label.
@@ -25,6 +26,7 @@ class DatasetJson:
 
     channels: list[str] = field(default_factory=list)
     classes: dict[int, str] = field(default_factory=dict)
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     numbered: bool = False
     training: list[Path] = field(default_factory=list)
     cases: dict[str, tuple[tuple[Path, ...], Path | None]] = field(default_factory=dict)
@@ -71,6 +73,7 @@ def read_dataset_json(images: Path, for_network: bool) -> DatasetJson:
         return DatasetJson(
             channels=channels,
             classes=_classes(content.get("labels") or {}),
+            regions=_regions(content.get("labels")),
             numbered="channel_names" in content,
             training=[path.parent / entry for entry in entries if isinstance(entry, str)],
             cases=_cases(content.get("dataset") or {}, path.parent, len(channels)),
@@ -113,6 +116,14 @@ def _classes(labels: object) -> dict[int, str]:
     for value in in_regions:
         names.setdefault(value, f"label_{value}")
     return dict(sorted(names.items()))
+
+
+def _regions(labels: object) -> dict[str, tuple[int, ...]]:
+    """{"background": 0, "whole": [1, 2], "core": 2} to {"whole": (1, 2), "core": (2,)}; {} where no value is a list."""
+    if not isinstance(labels, dict) or not any(isinstance(value, list) for value in labels.values()):
+        return {}
+    values = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
+    return {name: tuple(map(int, of)) for name, of in values.items() if name != "ignore" and set(map(int, of)) != {0}}
 
 
 def _is_whole(value: object) -> bool:

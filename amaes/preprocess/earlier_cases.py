@@ -26,13 +26,15 @@ class Earlier:
         listed: ids in the index.
         staying: {id: entry of the index} of those that stay, unless this run does them anew.
         prune: inputs that are left out now do not stay.
-        labels: value to name.
+        labels: value to name; empty where the settings of the run differ.
+        regions: name to classes that are scored as one.
         raw_values: of the label files, that others were mapped onto.
     """
 
     listed: frozenset[str] = frozenset()
     staying: Mapping[str, dict] = field(default_factory=dict)
     labels: Mapping[int, str] = field(default_factory=dict)
+    regions: Mapping[str, Sequence[int]] = field(default_factory=dict)
     raw_values: frozenset[int] = frozenset()
     prune: bool = False
 
@@ -84,7 +86,8 @@ def prepare_folder(
     elif prune:
         entries = {id: entry for id, entry in entries.items() if id in inputs}
     _check_names_of_labels(store, inputs | set(entries))
-    labels = {int(value): name for value, name in content["labels"].items()}
+    labels = {int(value): name for value, name in content["labels"].items()} if same else {}
+    regions = content.get("regions", {}) if same else {}
     if set(entries) - inputs:
         _check_classes(store, labels, collection, config)
     listed = frozenset(entry["id"] for entry in content["cases"])
@@ -94,7 +97,7 @@ def prepare_folder(
         text = f"{len(changed)} cases there were made from other files: {'; '.join(changed[:3])}"
         raise ValueError(f"{store}: {text}; `overwrite` takes the new ones; or give another folder")
     raw_values = frozenset(old for old, new in before.label_map.items() if old == new)
-    return Earlier(listed, entries, labels, raw_values, prune)
+    return Earlier(listed, entries, labels, regions, raw_values, prune)
 
 
 def read_index(store: Path) -> dict | None:
@@ -112,6 +115,7 @@ def read_index(store: Path) -> dict | None:
         is_store = is_store and not any(fault_of_id(case["id"]) for case in content["cases"])
         Config.from_dict(content["config"])
         {int(value): str(name) for value, name in content["labels"].items()}
+        [[*map(int, values)] for values in content.get("regions", {}).values()]
     except (ValueError, KeyError, TypeError, AttributeError):
         is_store = False
     if not is_store:
@@ -205,6 +209,6 @@ def _leave_index(store: Path, content: dict, config: Config, entries: Sequence[d
     """Take cases that will be redone out of the index, so that it never lists arrays of two versions."""
     if entries:
         labels = {int(value): name for value, name in content["labels"].items()}
-        write_index(store, content["channels"], config, labels, entries)
+        write_index(store, content["channels"], config, labels, entries, content.get("regions", {}))
     else:
         (store / "dataset.json").unlink()

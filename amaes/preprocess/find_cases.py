@@ -54,8 +54,7 @@ def collect(
         images: any tree of NIfTI files, an imagesTr folder, the folder of a dataset.json, or one file.
         labels: tree of label files; a label belongs to the case with the same relative name.
         channels: names; the files of one folder called NAME, *_NAME or *-NAME form one case.
-        label_name: label files are called NAME, *_NAME or *-NAME, and lie beside the images, or in `labels`, where they
-            are matched by BIDS entities.
+        label_name: label files are called NAME, *_NAME or *-NAME; beside the images, or by BIDS entities in `labels`.
         subject: regular expression on the id; its group "subject" or first group is the subject.
         missing_channel: "error" marks a case without all channels, "zeros" lets it pass.
         network_channels: collect images for a network of so many channels: without labels, and all files of the
@@ -97,7 +96,8 @@ def collect(
     elif label_name is not None:
         items = match_beside(items, beside, label_name, notes)
     items = _described(sorted(items, key=lambda item: item.id), subject, with_sequence=len(names) == 1)
-    return Collection(items, names, declared.classes, notes, structure_of(label_name), unused if for_network else [])
+    foreground, unused = structure_of(label_name), unused if for_network else []
+    return Collection(items, names, declared.classes, notes, foreground, unused, regions=declared.regions)
 
 
 def _listed(declared: DatasetJson, subject: str | None) -> Collection:
@@ -109,9 +109,8 @@ def _listed(declared: DatasetJson, subject: str | None) -> Collection:
     names = declared.channels or (["image"] if count == 1 else [f"channel_{k}" for k in range(count)])
     check_ids(items, with_labels=True)
     items = _described(sorted(items, key=lambda item: item.id), subject, with_sequence=count == 1)
-    return Collection(
-        items, names, declared.classes, [f"the files of {len(items)} cases are those that dataset.json lists"]
-    )
+    notes = [f"the files of {len(items)} cases are those that dataset.json lists"]
+    return Collection(items, names, declared.classes, notes, regions=declared.regions)
 
 
 # Folders and files ----------------------------------------------------------------------------------------------------

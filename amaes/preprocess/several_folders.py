@@ -34,6 +34,8 @@ def collect_folders(images: Sequence[Path], labels: Sequence[Path] = (), **optio
             raise ValueError(
                 f"`images`: {folder} has the channels {here}, {images[0]} has {there}; give them to two stores"
             )
+        if part.regions != first.regions:
+            raise ValueError(f"`images`: {folder} declares other regions than {images[0]}")
         for value, name in part.classes.items():
             if classes.setdefault(value, name) != name:
                 raise ValueError(f"`images`: {folder} calls label {value} {name!r}, others call it {classes[value]!r}")

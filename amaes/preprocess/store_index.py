@@ -29,7 +29,12 @@ def entry_of(item: Item, outcome: Outcome) -> dict:
 
 
 def write_index(
-    store: Path, channels: Sequence[str], config: Config, labels: dict[int, str], entries: Sequence[dict]
+    store: Path,
+    channels: Sequence[str],
+    config: Config,
+    labels: Mapping[int, str],
+    entries: Sequence[dict],
+    regions: Mapping[str, Sequence[int]],
 ) -> None:
     """Write dataset.json, which makes the folder a store.
 
@@ -39,6 +44,7 @@ def write_index(
         config: how the cases were preprocessed.
         labels: value to name; empty where no case has a label.
         entries: of the cases whose arrays are there, see `entry_of`.
+        regions: name to classes that are scored as one; empty: every class is scored.
     """
     content = {
         "format": STORE_FORMAT,
@@ -46,6 +52,7 @@ def write_index(
         "config_hash": config.hash(),
         "channels": list(channels),
         "labels": {str(value): name for value, name in labels.items()},
+        **({"regions": {name: list(values) for name, values in regions.items()}} if regions else {}),
         "cases": list(entries),
     }
     with written_whole(store / "dataset.json") as file:
@@ -61,29 +68,29 @@ def class_names(
 ) -> dict[int, str]:
     """Names of the stored label values: of the declared ones, after mapping, and of all that occur.
 
+    Names that were given come first, then declared ones, then those that the store has.
+
     Args:
         collection: with the declared classes, and the names that were given.
         config: with the label map.
-        values: that occur in the labels of the inputs; empty where there are no labels.
+        values: that occur in the labels of the store; empty where there are no labels.
         notes: gets a note where the values are not consecutive.
-        before: names in the store, where cases of earlier runs stay.
+        before: names in the store, of earlier runs.
 
     Returns:
         {0: "background", 1: ...}, or {} without labels.
     """
-    if not values and not before:
+    if not values:
         return {}
-    names = {0: "background"}
-    for value, name in collection.classes.items() if values else ():
+    names, before = {0: "background"}, before or {}
+    for value, name in collection.classes.items() if any(item.label for item in collection.items) else ():
         names.setdefault(config.label_map.get(value, value), name)
-    for value, name in (before or {}).items():
-        if PLACEHOLDER.fullmatch(names.setdefault(value, name)):
-            names[value] = name
     if config.ignores:  # no class
         names.pop(IGNORED, None)
         values = set(values) - {IGNORED}
-    for value in sorted(set(values)):
-        names.setdefault(value, f"label_{value}")
+    for value in sorted(set(values) - {0}):
+        if PLACEHOLDER.fullmatch(names.setdefault(value, f"label_{value}")):
+            names[value] = before.get(value, names[value])
     if collection.foreground_name is not None and set(names) == {0, 1} and PLACEHOLDER.fullmatch(names[1]):
         names[1] = collection.foreground_name
     for value, name in collection.names.items():
@@ -92,6 +99,29 @@ def class_names(
         text = " ".join(map(str, sorted(names)))
         notes.append(f"label values {text} are not consecutive; `label_map` OLD:NEW with `overwrite` closes the gaps")
     return dict(sorted(names.items()))
+
+
+def region_classes(
+    collection: Collection, config: Config, labels: Mapping[int, str], before: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """{name: classes} of the regions that are declared or given, after mapping; else of those that the store has.
+
+    Raises:
+        ValueError: a region has no class, or one that no label has.
+    """
+    if not collection.regions:
+        return {name: list(values) for name, values in before.items() if set(values) <= set(labels)}
+    regions = {}
+    for name, values in collection.regions.items():
+        classes = sorted({config.label_map.get(value, value) for value in values} - {0})
+        if name == "all" or name.isdecimal():
+            raise ValueError(f"`regions`: {name!r} is the name of a score already; give the region another one")
+        if not classes or not set(classes) <= set(labels):
+            known = ", ".join(f"{value} {text}" for value, text in labels.items() if value)
+            text = f"has the classes {' '.join(map(str, classes)) or '(none)'}, the labels hold {known}"
+            raise ValueError(f"`regions`: {name} {text}; `label_names` declares a label that no case has")
+        regions[name] = classes
+    return regions
 
 
 def remove_temporary(store: Path, items: Sequence[Item] | None = None) -> None:

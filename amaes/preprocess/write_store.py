@@ -21,7 +21,14 @@ from amaes.preprocess.earlier_cases import Earlier, prepare_folder
 from amaes.preprocess.processes import in_processes
 from amaes.preprocess.report import STATUSES, Outcome, Result, not_done
 from amaes.preprocess.store_case import store_case
-from amaes.preprocess.store_index import case_files, class_names, entry_of, remove_temporary, write_index
+from amaes.preprocess.store_index import (
+    case_files,
+    class_names,
+    entry_of,
+    region_classes,
+    remove_temporary,
+    write_index,
+)
 
 PROJECTION = 20  # cases after which disk and time are projected
 
@@ -186,10 +193,11 @@ def _finish(
     entries.sort(key=lambda entry: entry["id"])
     if entries:
         values = [value for outcome in done.values() for value in outcome.label_values]
-        labels = class_names(collection, config, values, notes, before=earlier.labels if staying else None)
+        labels = class_names(collection, config, [*values, *(earlier.labels if staying else ())], notes, earlier.labels)
+        regions = region_classes(collection, config, labels, earlier.regions) if labels else {}
         raw_values = {value for outcome in done.values() for value in outcome.raw_label_values}
         raw_values |= earlier.raw_values if staying else set()
-        write_index(store, collection.channels, config.with_values(raw_values), labels, entries)
+        write_index(store, collection.channels, config.with_values(raw_values), labels, entries, regions)
     if not done:
         row = outcomes[0].row
         raise ValueError(f"none of {len(outcomes)} inputs could be used; the first: {row['reason']}: {row['message']}")

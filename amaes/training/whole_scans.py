@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -95,7 +96,7 @@ def validation_dice(
     precision: str = "auto",
     stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean Dice over the classes of the store; of a class over the scans that have it, or are said to.
+    """Mean Dice over the classes (or regions) of the store; of a class over the scans that have it, or are said to.
 
     Voxels that are left out (`Store.ignored`) count for neither.
 
@@ -113,7 +114,7 @@ def validation_dice(
     Returns:
         In [0, 1]; NaN where no scan has a class; None where it was given up.
     """
-    classes = [value for value in sorted(store.labels) if value > 0]
+    classes = list(store.scored(256).values())
     sums = torch.zeros(len(classes) + 1, 2)  # of the scans: Dice, number; at last: ranks that gave up
     network.eval()
     for id in ids[ranks.rank :: ranks.world]:
@@ -124,8 +125,8 @@ def validation_dice(
         predicted, label = logits.argmax(0).cpu().numpy(), store.label(id)
         if store.ignored is not None:
             predicted[label == store.ignored] = 0
-        for row, value in zip(sums, classes, strict=False):
-            score = dice(predicted == value, label == value)
+        for row, values in zip(sums, classes, strict=False):
+            score = dice(np.isin(predicted, values), np.isin(label, values))
             if score == score:  # not NaN: one of the two has the class
                 row += torch.tensor([score, 1.0])
     network.train()

@@ -26,6 +26,7 @@ def test_numbers_by_hand(store):
     saved_split(Store(store), "two folds", lambda: fold_splits(Store(store), folds=2, train_cases=1))
     content = json.loads((store / "dataset.json").read_text())
     content["cases"][0]["sequence"] = "T1"
+    content["regions"] = {"both": [1, 2]}
     (store / "dataset.json").write_text(json.dumps(content))  # other cases: the split is an old one
     saved_split(Store(store), "two folds", lambda: fold_splits(Store(store), folds=2, train_cases=1))
     found = contents(Store(store))
@@ -43,6 +44,7 @@ def test_numbers_by_hand(store):
         }
         for value, name, n in zip((1, 2), ("one", "two"), n_voxels, strict=True)
     ]
+    assert found["regions"] == {"both": [1, 2]}
     assert found["bytes"] == sum(path.stat().st_size for path in (store / "cases").iterdir())
     assert [(split["name"], split["current"], split["folds"]) for split in found["splits"]] == [
         ("two folds", False, 2),

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -197,6 +198,24 @@ def test_voxels_that_preprocessing_left_out_are_not_scored(make_run, store, caps
     assert (status, row["n_ref"], row["n_pred"]) == (0, 64, np.prod(left))
 
 
+def test_regions_are_scored_in_place_of_classes(make_run, store, capsys):
+    label = np.zeros(SHAPE, np.uint8)
+    label[BLOB], label[BODY[0], BODY[1], 12:15] = 1, 2
+    save_nifti(store.parent / "labels" / "a.nii.gz", label, LPS)
+    only_a = collect(store.parent / "images" / "a.nii.gz", store.parent / "labels")
+    only_a = replace(only_a, regions={"tumour": (1, 2), "core": (1,)})
+    write_store(only_a, store, Config(), overwrite=True, prune=True)
+    make_run.classes["r"] = 3
+    run_folder = make_run("r", 0.5, [["a"]])  # class 1 where it is bright
+    status, out, _ = run(capsys, run_folder, "--metrics", "dice")
+    classes = json.loads((run_folder / "fold0/results.json").read_text())["cases"][0]["classes"]
+    n_tumour = 64 + 14 * 16 * 3
+    assert (status, list(classes)) == (0, ["tumour", "core", "all"])
+    assert (classes["core"]["dice"], classes["tumour"]["n_ref"]) == (1.0, n_tumour)
+    assert classes["tumour"]["dice"] == pytest.approx(2 * 64 / (64 + n_tumour))
+    assert "| tumour (1 + 2) |" in out
+
+
 def remake(store, level):
     """Another image of one case, label files as they were."""
     image = save_nifti(store.parent / "images" / "b.nii.gz", scan(level), LPS)
@@ -267,8 +286,8 @@ def test_runs_of_other_classes_are_refused_before_any_work(make_run, store, caps
     make_run.classes["second"] = 3
     status, out, err = run(capsys, first, second)
     assert (status, out, make_run.calls, len(err.splitlines())) == (2, "", [], 1)
-    assert "[1, 2]" in err
-    assert "has [1]" in err
+    assert "has the classes 1, 2, " in err
+    assert "has 1: " in err
 
 
 def test_a_number_without_a_label_is_no_class(make_run, store, capsys):

@@ -71,14 +71,63 @@ def test_names_are_given_and_changed(folder, tmp_path):
     assert Store(tmp_path / "s").labels == {0: "background", 1: "a", 2: "b"}
 
 
+@pytest.mark.parametrize("how", ["dataset.json", "option"])
+def test_regions_are_kept_as_classes_of_the_store(folder, tmp_path, how):
+    options = ["--images", folder / "imagesTr", "--labels", folder / "labelsTr", "--out", tmp_path / "s"]
+    if how == "option":
+        options += ["--regions", "1,2,3:whole", "1,3:core", "3:small"]
+    else:
+        write_dataset_json(folder, {"background": 0, "whole": [1, 2, 3], "core": [1, 3], "small": 3})
+    assert command(*options) == 0
+    store = Store(tmp_path / "s")
+    assert store.regions == {"whole": (1, 2, 3), "core": (1, 3), "small": (3,)}
+    assert store.scored(4) == store.regions
+    assert store.scored(3) == {}
+    fingerprint = store.fingerprint
+    if how == "option":
+        assert command(*options[:6]) == 0
+        assert Store(tmp_path / "s").regions == store.regions  # kept
+        assert command(*options[:6], "--regions", "2:x") == 0
+        assert Store(tmp_path / "s").regions == {"x": (2,)}
+        assert Store(tmp_path / "s").fingerprint == fingerprint  # they change no training
+    assert command(*options[:5], tmp_path / "t", "--label-map", "3:1", "--regions", "1,2,3:whole", "3:core") == 0
+    assert Store(tmp_path / "t").regions == {"whole": (1, 2), "core": (1,)}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--label-map", "1:2", "1:3"], "--label-map: label 1 becomes both 2 and 3"),
+        (["1,7:whole"], "--regions: whole has the classes 1 7, the labels hold 1 label_1, 2 label_2, 3 label_3"),
+        (["0:nothing"], "--regions: nothing has the classes (none)"),
+        (["1:all"], "--regions: 'all' is the name of a score already"),
+    ],
+)
+def test_regions_of_no_class_are_refused(folder, tmp_path, capsys, options, said):
+    line = ["--images", folder, "--out", tmp_path / "s", "--regions", *options]
+    assert said in refused(capsys, *line)
+    assert not (tmp_path / "s/dataset.json").exists()
+
+
+def test_names_and_regions_stay_when_the_store_grows(folder, tmp_path):
+    options = ["--images", folder / "imagesTr", "--labels", folder / "labelsTr", "--out", tmp_path / "s"]
+    assert command(*options, "--label-names", "1:one", "--regions", "1,2:both") == 0
+    save_nifti(folder / "imagesTr/b.nii.gz")
+    save_nifti(folder / "labelsTr/b.nii.gz", np.full((12, 14, 10), 4, np.uint8))
+    assert command(*options) == 0
+    store = Store(tmp_path / "s")
+    assert (store.labels[1], store.labels[4], store.regions) == ("one", "label_4", {"both": (1, 2)})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--label-map", "1:2", "1:3"], "--label-map: 1 becomes both 2 and 3"),
         (["--label-map", "1:255"], "'1:255' is not OLD:NEW, two whole numbers, the new one in 0..254 or ignore"),
         (["--label-map", "1:ignored"], "'1:ignored' is not OLD:NEW"),
-        (["--label-names", "1:a", "1:b"], "--label-names: label 1 becomes both a and b"),
+        (["--label-names", "1:a", "1:b"], "--label-names: 1 becomes both a and b"),
         (["--label-names", "1:a", "2:a"], "--label-names: two labels are called 'a'; --label-map makes them one"),
+        (["--regions", "1,2:a", "3:a"], "--regions: a becomes both (1, 2) and (3,)"),
+        (["--regions", "1,:a"], "'1,:a' is not VALUES:NAME"),
         (["--label-names", "1"], "'1' is not VALUE:NAME"),
         (["--label-map", "2:1", "--label-names", "1:a", "2:b"], "--label-names 2:b and a are one label by --label-map"),
         (["--label-map", "3:ignore", "--label-names", "3:c"], "--label-names 3:c is left out by --label-map"),
