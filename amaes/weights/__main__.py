@@ -12,7 +12,9 @@ from amaes import cli
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description="Write the weights of a file, and plain data beside them, as a file without code.")
+    description = "Write the weights of a file, and plain data beside them, as a file without code."
+    examples = ["model_final.model weights.pt", "old.ckpt weights.safetensors"]
+    parser = cli.Parser(description=description, examples=examples)
     parser.add_argument("file", type=Path, metavar="FILE", help="of torch.save, also of a whole network")
     parser.add_argument("out", type=cli.output_file, metavar="OUT", help="file to write; X.safetensors: in that format")
     explanation = "read FILE as it is, if nothing else helps; that runs the code in it, so know where it comes from"
