@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import re
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from amaes import __main__ as command_line
 from amaes import __version__, cli
 from amaes.__main__ import COMMANDS, find_script
 from tests.conftest import save_nifti
+
+ROOT = Path(__file__).parent.parent
 
 
 def amaes(*words, status=0):
@@ -113,6 +116,23 @@ def test_the_reason_is_the_last_that_torchrun_prints(monkeypatch, capsys, tmp_pa
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
+def test_of_two_ranks_the_first_gives_the_reason_at_the_end_of_what_torchrun_prints(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nfrom amaes import cli\n"
+        "def main():\n    raise ValueError(f'`steps` {os.environ[\"RANK\"]}: accepted: at least 1')\n"
+        "cli.run(main)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=100, env=environment)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if not set(line) <= set("=")]
+    assert "script.py: error: --steps 0: accepted: at least 1" in lines[-1]
+    assert "--steps 1" not in done.stderr
+
+
 def test_what_cannot_be_written_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
@@ -153,7 +173,6 @@ def test_commands_run_and_report_under_their_own_name(tmp_path):
 
 # Numbers beyond reason
 
-ROOT = Path(__file__).parent.parent
 HAVE_OPTIONS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("amaes/**/*.py"), *ROOT.glob("benchmarks/*.py")]
