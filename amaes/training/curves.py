@@ -46,7 +46,7 @@ def _draw(path: Path, title: str, lines: Sequence[Mapping]) -> None:
             steps, values = _points(lines, key)
             if steps:
                 axes.plot(steps, values, style, label=label, markersize=3, linewidth=1)
-        if name == "loss" and all(value > 0 for key in curves for value in _points(lines, key)[1]):
+        if name == "loss" and _points(lines, "val_baseline")[0]:  # a squared error; other losses may fall below 0
             axes.set_yscale("log")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)

@@ -70,3 +70,14 @@ def test_the_graph_gives_the_numbers_and_gradients_of_the_eager_network(decoder)
         results.append([output.detach(), *(p.grad.clone() for p in network.parameters())])
     for ours, eager in zip(results[1], results[0], strict=True):
         assert (ours - eager).abs().max() <= 1e-9 * max(1e-3, eager.abs().max())
+
+
+def test_a_unet_is_exported_with_dynamic_sides():
+    torch.manual_seed(0)
+    network = build_segmenter("unet_tiny", num_classes=3).eval()
+    sides = {axis: 16 * torch.export.Dim(f"side{axis}", min=2, max=16) for axis in (2, 3, 4)}  # of 16 voxels each
+    exported = torch.export.export(network, (torch.rand(1, 1, 32, 48, 32),), dynamic_shapes=(sides,)).module()
+    with torch.no_grad():
+        for shape in ((1, 1, 32, 48, 32), (1, 1, 48, 32, 64)):
+            image = torch.rand(shape)
+            assert torch.equal(exported(image), network(image))
