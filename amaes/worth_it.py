@@ -126,8 +126,8 @@ def ahead(todo: Sequence[str], seconds: Mapping[str, float]) -> str:
             hours += count * sum(known) / len(known) / 3600
         else:
             unknown.append(f"{count} x {kind}")
-    text = f"{len(todo) - len(left)} of {len(todo)} steps done, {timedelta(hours=round(hours, 2))} ahead"
-    return f"{text}, without {', '.join(unknown)}, not known yet" if unknown else text
+    text = f"{len(todo) - len(left)} of {len(todo)} steps done, {timedelta(seconds=round(3600 * hours))} ahead"
+    return f"{text}, and what is not known yet: {', '.join(unknown)}" if unknown else text
 
 
 # What came out --------------------------------------------------------------------------------------------------------
@@ -167,13 +167,17 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def _interval_text(low: float, high: float, digits: int) -> str:
+    return "one pair, no interval" if math.isnan(low) else f"{low:+.{digits}f} to {high:+.{digits}f}"
+
+
 def verdict(comparisons: Sequence[Comparison]) -> str:
     """One line: with how many labelled cases the pretrained encoder was ahead, by how much, and where not."""
     groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": []}
     for row in comparisons:
         mean, low, high = mean_interval(row.differences)
         where = "ahead" if low > 0 else "behind" if high < 0 else "open"
-        groups[where].append(f"{row.cases} ({mean:+.1f} points, {low:+.1f} to {high:+.1f})")
+        groups[where].append(f"{row.cases} ({mean:+.1f} points, {_interval_text(low, high, 1)})")
     texts = {"ahead": "worth it with {}", "behind": "worse than scratch with {}", "open": "no difference shown with {}"}
     parts = [texts[where].format(", ".join(rows)) for where, rows in groups.items() if rows]
     return f"Pretraining here: {'; '.join(parts)} labelled cases"
@@ -186,7 +190,7 @@ def page(comparisons: Sequence[Comparison], commands: Sequence[str], picture: st
         mean, low, high = mean_interval(row.differences)
         wins = sum(difference > 0 for difference in row.differences)
         cells = [row.cases, *(f"{_mean(values):.2f} ± {_sd(values):.2f}" for values in (row.scratch, row.pretrained))]
-        cells += [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", f"{wins} of {len(row.differences)}", row.tested]
+        cells += [f"{mean:+.2f} ({_interval_text(low, high, 2)})", f"{wins} of {len(row.differences)}", row.tested]
         rows.append("| " + " | ".join(map(str, [*cells, f"{row.p:.2g}"])) + " |")
     head = "| labelled | scratch | pretrained | difference (95 % interval) | networks ahead | tested | p over cases |"
     parts = [

@@ -45,7 +45,9 @@ def test_the_commands_are_understood_and_pairs_differ_in_weights_and_folder_alon
 def test_it_says_what_is_ahead():
     todo = ["preprocess-a", "pretrain", "finetune-1", "finetune-2", "finetune-3", "evaluate-1"]
     said = worth_it.ahead(todo, {"preprocess-a": 9.0})
-    assert said == "1 of 6 steps done, 0:00:00 ahead, without 1 x pretrain, 3 x finetune, 1 x evaluate, not known yet"
+    assert (
+        said == "1 of 6 steps done, 0:00:00 ahead, and what is not known yet: 1 x pretrain, 3 x finetune, 1 x evaluate"
+    )
     said = worth_it.ahead(todo, {"preprocess-a": 9.0, "pretrain": 9.0, "finetune-1": 7200.0, "evaluate-1": 1.0})
     assert said == "4 of 6 steps done, 4:00:00 ahead"
 
@@ -113,10 +115,10 @@ def test_it_continues_after_a_failure_and_does_nothing_twice(monkeypatch, tmp_pa
     assert worth_it.main(args) == 0
     assert worth_it.main(args) == 0
     assert (tmp_path / "marks").read_text() == "pf"
-    said = "Pretraining here: no difference shown with 2 (+10.0 points, +nan to +nan) labelled cases"
+    said = "Pretraining here: no difference shown with 2 (+10.0 points, one pair, no interval) labelled cases"
     assert capsys.readouterr().out.endswith(f"worth-it.md: {said}\n")
     text = (tmp_path / "worth-it.md").read_text()
-    assert "| 2 | 50.00 ± nan | 60.00 ± nan | +10.00 (+nan to +nan) | 1 of 1 | 3 | 0.25 |" in text
+    assert "| 2 | 50.00 ± nan | 60.00 ± nan | +10.00 (one pair, no interval) | 1 of 1 | 3 | 0.25 |" in text
     assert shlex.join(["-c", f"{mark}('f')"]) in text
 
 
