@@ -91,7 +91,7 @@ from amaes.evaluation.folder_scores import folder_note, measure_folder
 from amaes.evaluation.folds import Fold, Run, check_cases, check_classes, names_of_scores, open_run, pretraining_options
 from amaes.evaluation.measure import metrics_with_earlier, predict_and_measure
 from amaes.evaluation.outputs import write_results
-from amaes.evaluation.predictions import SPACES, open_predictions
+from amaes.evaluation.predictions import SPACES, left_out_value, open_predictions
 from amaes.files import locked, sha256, write_json
 from amaes.hardware import use_bf16
 from amaes.inference import MIRROR_AXES
@@ -225,7 +225,9 @@ def evaluate_fold(fold: Fold, store: Store, metrics: list[str], args: argparse.N
         how = {"measured": measured, "windows": windows, "missing": args.missing}
         cases, failed = predict_and_measure(fold, store, model, meta, space, **how)
         means = scores.fold_means(cases)
-        settings = made_by | measured | {"missing": args.missing, "ignored_label": fold.ignored_label}
+        settings = (
+            made_by | measured | {"missing": args.missing, "ignored_label": left_out_value(store, fold.ignored_label)}
+        )
         content = {
             "format": "amaes-results-1",
             "fold": fold.number,

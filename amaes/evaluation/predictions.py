@@ -145,6 +145,13 @@ class StoreSpace:
         return labels
 
 
+def left_out_value(store: Store, ignored_label: int | None) -> int | None:
+    """The value of the label files that is not scored: as evaluation says, or as preprocessing did; None: all are."""
+    if ignored_label is not None or store.ignored is None:
+        return ignored_label
+    return next(old for old, new in Config.from_dict(store.config).label_map.items() if new == store.ignored)
+
+
 Space = NativeSpace | StoreSpace
 SPACES: dict[str, type[Space]] = {"native": NativeSpace, "store": StoreSpace}
 

@@ -112,7 +112,7 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         "--subject",
         metavar="REGEX",
         help="finds the subject in the id of a case: its group 'subject', or its first group (default: sub-XXX, else "
-        "the first folder, else the id)",
+        "the first folder, else the id; without the number of a visit, as of BraTS-GLI-00005-101)",
     )
     group.add_argument(
         "--missing-channel",
@@ -131,7 +131,10 @@ def _add_label_options(group: argparse._ArgumentGroup) -> None:
         help="folders of labels, named like the images; one for each folder of --images",
     )
     group.add_argument(
-        "--label-name", metavar="NAME", help="labels lie beside the images and are called NAME, *_NAME or *-NAME"
+        "--label-name",
+        metavar="NAME",
+        help="labels are called NAME, *_NAME or *-NAME and lie beside the images; with --labels: in those folders, "
+        "matched by subject, session, acq and run (BIDS)",
     )
     group.add_argument(
         "--label-map",

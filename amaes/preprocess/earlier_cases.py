@@ -138,7 +138,7 @@ def plan(store: Path, collection: Collection) -> list[str]:
 def changed_inputs(store: Path, items: Sequence[Item], listed: frozenset[str]) -> list[str]:
     """The cases of a store that were made from other files than the items of the same id, and how these differ.
 
-    Files that have another time of change alone are compared by their content, when their turn comes.
+    Files that have another time of change alone, or were moved, are compared by their content when their turn comes.
     """
     changed = []
     for item in items:
@@ -146,7 +146,7 @@ def changed_inputs(store: Path, items: Sequence[Item], listed: frozenset[str]) -
             continue
         try:
             record = json.loads(case_files(store, item.id)[2].read_text(encoding="utf-8"))
-            before = [stamp and (str(stamp[0]), stamp[1]) for stamp in record["source_stamps"]]
+            before = [stamp and (str(stamp[0]), *stamp[1:3]) for stamp in record["source_stamps"]]
         except (OSError, ValueError, KeyError, TypeError, IndexError):  # damaged: done again
             continue
         difference = next(filter(None, map(_difference, before, (*item.images, item.label))), None)
@@ -155,20 +155,21 @@ def changed_inputs(store: Path, items: Sequence[Item], listed: frozenset[str]) -
     return changed
 
 
-def _difference(before: tuple[str, int] | None, path: Path | None) -> str | None:
-    """How a file differs from the one that a case was made from, by path and size; None where it does not."""
+def _difference(before: tuple[str, int, int] | None, path: Path | None) -> str | None:
+    """How a file differs from the one that a case was made from (path, bytes, time of change); None: it does not."""
     if before is None:  # what was not there may be added
         return None
     if path is None:
         return f"was made with {before[0]}, which is not given now"
-    now = os.path.normpath(path.absolute())
-    if now != before[0]:
-        return f"was {before[0]}, is {now}"
+    there, now = Path(before[0]), os.path.normpath(path.absolute())
     try:
-        size = path.stat().st_size
+        state = path.stat()
+        moved = not there.exists() and (state.st_size, state.st_mtime_ns) == tuple(before[1:])
+        if now != before[0] and not moved and not (there.exists() and there.samefile(path)):
+            return f"was {there}, is {now}"
     except OSError:  # its report says what is wrong with it
         return None
-    return None if size == before[1] else f"{now} had {before[1]} bytes, has {size}"
+    return None if state.st_size == before[1] else f"{now} had {before[1]} bytes, has {state.st_size}"
 
 
 def _check_settings(

@@ -73,7 +73,7 @@ def write_store(
     shard_items = None if shard is None else items
     with _locks(store, shard), _disk_full_explained(store):
         earlier = prepare_folder(store, collection, config, overwrite=overwrite, prune=prune, items=shard_items)
-        notes, entries = list(collection.notes), None
+        notes, entries = [*collection.notes, *_note_on_left_out(config)], None
         without_items = Collection([], collection.channels, collection.classes)  # what a worker needs of it
         made_with = {"config": config, "collection": without_items, "redo": overwrite}
         job = partial(store_case, store=store, **made_with, listed=earlier.listed)
@@ -102,6 +102,11 @@ def _made_folder(store: Path) -> Path:
 def _leaving_out(values: Sequence[int], config: Config) -> Config:
     """The settings with those label values left out, unless the label map says otherwise."""
     return replace(config, label_map={**dict.fromkeys(values, IGNORED), **config.label_map}) if values else config
+
+
+def _note_on_left_out(config: Config) -> list[str]:
+    values = " ".join(str(old) for old, new in config.label_map.items() if new == IGNORED)
+    return [f"voxels of label {values} are left out of loss, sampling and scores"] if values else []
 
 
 def _refuse_with_shard(overwrite: bool, prune: bool) -> None:

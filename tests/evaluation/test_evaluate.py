@@ -191,7 +191,8 @@ def test_voxels_that_preprocessing_left_out_are_not_scored(make_run, store, caps
     write_store(only_a, store, config, overwrite=True, prune=True)
     assert Store(store).labels == {0: "background", 1: "label_1"}
     run_folder = make_run("r", 0.1, [["a"]])  # the whole body
-    status, *_ = run(capsys, run_folder, "--space", space, "--metrics", "dice")
+    status, out, _ = run(capsys, run_folder, "--space", space, "--metrics", "dice")
+    assert "Voxels of label 2 in the label files are left out of both maps." in out
     path = next((run_folder / "fold0").glob("results*.json"))
     row = json.loads(path.read_text())["cases"][0]["classes"]["1"]
     left = BODY[0].stop - 6, *(side.stop - side.start for side in BODY[1:])

@@ -112,6 +112,30 @@ def test_another_file_of_one_id_is_refused(folders, tmp_path, what, capsys):
     assert command(*arguments) == 0
 
 
+def test_a_folder_that_was_moved_or_is_reached_by_a_link_is_the_same(folders, tmp_path):
+    a, _ = folders
+    store = tmp_path / "s"
+    write(store, a)
+    arrays = {path.name: path.read_bytes() for path in (store / "cases").glob("*.npy")}
+    (tmp_path / "link").symlink_to(a)
+    assert write(store, tmp_path / "link").status() == 0
+    moved = a.rename(tmp_path / "moved")
+    (tmp_path / "link").unlink()
+    assert "0 added, 2 done again" in write(store, moved).summary()
+    assert {path.name: path.read_bytes() for path in (store / "cases").glob("*.npy")} == arrays
+    assert [outcome.row["status"] for outcome in write(store, moved).outcomes] == ["skipped", "skipped"]
+
+
+def test_shards_add_to_a_store(folders, tmp_path):
+    a, b = folders
+    write(tmp_path / "s", a)
+    for shard in (0, 1):
+        write(tmp_path / "s", b, shard=(shard, 2))
+    assert ids(tmp_path / "s") == ["a0", "a1"]
+    assert [outcome.row["status"] for outcome in write(tmp_path / "s", b).outcomes] == ["skipped", "skipped"]
+    assert ids(tmp_path / "s") == ["a0", "a1", "b0", "b1"]
+
+
 def test_other_content_is_refused_and_touched_files_are_not(folders, tmp_path):
     a, _ = folders
     store, image = tmp_path / "s", a / "i" / "a0.nii.gz"
