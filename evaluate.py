@@ -198,7 +198,7 @@ def evaluate_folder(folder: Path, args: argparse.Namespace) -> tuple[dict, list[
     measured = {"metrics": args.metrics, "empty": args.empty, "tau": args.tau}
     summary, results = measure_folder(folder, args.labels, measured=measured, missing=args.missing)
     text = tables.run_tables(summary["run"], summary, summary["labels"], folder_note(summary))
-    write_results(folder, "", summary, results, text, pictures={})
+    write_results(folder, "", summary, results, text, pictures=None)
     return summary, results, text
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -125,11 +125,21 @@ def ensemble_logits(
     total = sliding_window(models[0], image, patch_size, **options)
     if len(models) == 1:
         return total
-    total = total.log_softmax(0)
+    total = _where_it_fits(torch.log_softmax, total, dim=0)
     for model in models[1:]:
         logits = sliding_window(model, image, patch_size, **options)
-        torch.logaddexp(total, logits.log_softmax(0).to(total.device), out=total)
+        total = _where_it_fits(torch.logaddexp, total, _where_it_fits(torch.log_softmax, logits, dim=0))
     return total - math.log(len(models))
+
+
+def _where_it_fits(function: Callable[..., torch.Tensor], *tensors: torch.Tensor, **options) -> torch.Tensor:
+    """A function of tensors; on the CPU where one of them is there, or the GPU has no room for the result."""
+    if len({tensor.device for tensor in tensors}) == 1:
+        try:
+            return function(*tensors, **options)
+        except torch.OutOfMemoryError:
+            pass
+    return function(*(tensor.cpu() for tensor in tensors), **options)
 
 
 def predict_case(

@@ -14,7 +14,7 @@ from amaes.evaluation.folds import Run
 from amaes.evaluation.predictions import SPACES
 from amaes.pictures import COLOUR_NAMES, Panel, Row, hstack, middle_slices, write_sheet
 
-WORST = 5
+WORST = ("worst", "second worst", "third worst", "fourth worst", "fifth worst")
 SIDE = 180  # pixels of a slice, about
 
 
@@ -41,7 +41,7 @@ def choose_cases(folds: Sequence[Mapping]) -> list[Chosen]:
             if defined:
                 scored.append((sum(defined) / len(defined), k, case["id"]))
     scored.sort()
-    titles = {place: f"{place + 1}. worst" if place else "worst" for place in range(min(WORST, len(scored)))}
+    titles = dict(enumerate(WORST[: len(scored)]))
     for place, title in ((len(scored) // 2, "median"), (len(scored) - 1, "best")):
         titles.setdefault(place, title)
     return [Chosen(titles[place], *scored[place][1:], scored[place][0]) for place in sorted(titles) if scored]

@@ -21,7 +21,7 @@ def write_results(
     summary: Mapping,
     folds: Sequence[Mapping],
     text: str,
-    pictures: Mapping[str, Path | None],
+    pictures: Mapping[str, Path | None] | None,
 ) -> None:
     """Write summary.json, summary.md, cases.csv and report.html.
 
@@ -31,9 +31,11 @@ def write_results(
         summary: with "labels", class number (as text) to name.
         folds: each with "fold" and "cases".
         text: Markdown of the summary.
-        pictures: for the report, caption to PNG file; those that are not there are left out.
+        pictures: for the report, caption to PNG file; those that are not there are left out. None: nothing to draw.
     """
-    drawn = {caption: path for caption, path in pictures.items() if path is not None and path.is_file()}
+    drawn = None
+    if pictures is not None:
+        drawn = {caption: path for caption, path in pictures.items() if path is not None and path.is_file()}
     report = report_html(f"Evaluation of {folder.absolute().name}", text, folds, summary["labels"], drawn)
     write_text(folder / f"report{suffix}.html", report)
     write_json(folder / f"summary{suffix}.json", nan_to_null(summary))

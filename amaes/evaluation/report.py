@@ -22,7 +22,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a bro
 
 
 def report_html(
-    title: str, text: str, folds: Sequence[Mapping], names: Mapping[str, str], pictures: Mapping[str, Path]
+    title: str, text: str, folds: Sequence[Mapping], names: Mapping[str, str], pictures: Mapping[str, Path] | None
 ) -> str:
     """The page.
 
@@ -31,15 +31,18 @@ def report_html(
         text: Markdown of the summary, as `tables` writes it.
         folds: each with "fold" and "cases"; every case becomes a row.
         names: class number (as text) to name.
-        pictures: caption to PNG file.
+        pictures: caption to PNG file; None: there is nothing to draw.
     """
-    figures = "".join(_figure(caption, path) for caption, path in pictures.items())
-    none = "<p>Pictures need matplotlib: pip install 'amaes[plots]', then evaluate again.</p>"
+    figures = ""
+    if pictures is not None:
+        none = "<p>Pictures need matplotlib: pip install 'amaes[plots]', then evaluate again.</p>"
+        shown = "".join(_figure(caption, path) for caption, path in pictures.items())
+        figures = f"<h2>Pictures</h2>\n{shown or none}\n"
     cases = f"<details><summary>Dice of every case, worst first</summary>{markdown_to_html(_case_table(folds, names))}"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{STYLE}</style></head>\n'
-        f"<body><h1>{html.escape(title)}</h1>\n{markdown_to_html(text)}\n<h2>Pictures</h2>\n{figures or none}\n"
+        f"<body><h1>{html.escape(title)}</h1>\n{markdown_to_html(text)}\n{figures}"
         f"<h2>Cases</h2>\n{cases}</details>\n</body></html>\n"
     )
 

@@ -86,6 +86,9 @@ def test_two_folders_of_predictions_are_compared(folders, tmp_path, capsys):
     assert f"## Dice % of {tmp_path / 'other'} against {folders[1]}" in out
     assert "| 4 | 2 | 0 | 87.50 | 87.50 | +0.00 |" in out
     assert "of these same few networks" in out
+    page = (tmp_path / "other" / "report.html").read_text()
+    assert "Dice of" in page
+    assert "Pictures" not in page  # there is no image
 
 
 @pytest.mark.parametrize(
@@ -129,10 +132,18 @@ NAN = float("nan")
         ([], []),
         ([NAN], []),
         ([0.5], ["worst c0"]),
-        ([0.9, 0.1, NAN], ["worst c1", "2. worst c0"]),
+        ([0.9, 0.1, NAN], ["worst c1", "second worst c0"]),
         (
             [0.1 * k for k in range(9, -1, -1)],  # c9 is the worst
-            ["worst c9", "2. worst c8", "3. worst c7", "4. worst c6", "5. worst c5", "median c4", "best c0"],
+            [
+                "worst c9",
+                "second worst c8",
+                "third worst c7",
+                "fourth worst c6",
+                "fifth worst c5",
+                "median c4",
+                "best c0",
+            ],
         ),
     ],
 )
