@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import save_nifti
 from tests.launch import ROOT
 
-SMALL = "--arch unet_tiny --patch-size 32 --batch-size 2 --steps 2 --workers 0 --device cpu --compile off"
+SMALL = "--arch unet_tiny --patch-size 32 --batch-size 2 --steps 1 --workers 0 --device cpu --compile off"
 ADDED = {
     "train_pretrain.py": SMALL,
     "train_finetune.py": SMALL,
