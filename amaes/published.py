@@ -15,7 +15,7 @@ import torch
 
 from amaes.models.swin_unetr import WINDOW, position_index
 from amaes.weights.plan import RESIDUAL_ENCODERS, Plan, with_usual_names
-from amaes.weights.tensor_files import find_weights, without_wrappers
+from amaes.weights.tensor_files import find_state_dict, without_wrappers
 
 Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]  # (pattern, replacement), applied in order
 
@@ -159,7 +159,7 @@ def convert(content: Mapping, where: object, plan: Plan | None = None) -> Import
         ValueError: no tensors; names of no known family; a network in 2D; names that are not as the plan says; two
             names that become the same; or a table of relative positions for another window.
     """
-    _, content = find_weights(content)
+    _, content = find_state_dict(content)
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{where}: holds no tensors; entries: {', '.join(map(str, list(content)[:5]))}")

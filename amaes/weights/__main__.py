@@ -30,13 +30,13 @@ def main(args: argparse.Namespace) -> int:
     from amaes.published import convert
     from amaes.weights.convert import convert_weights
     from amaes.weights.plan import find_plan
-    from amaes.weights.tensor_files import find_weights, read
+    from amaes.weights.tensor_files import find_state_dict, read
 
     log = cli.logger(True)
     done = convert_weights(args.file, args.out, args.trust)
     log(f"{args.file}: read {done.how}")
     content = read(args.out)
-    log(f"{args.out}: {len(find_weights(content)[1])} tensors; also kept: {', '.join(done.kept) or 'nothing'}")
+    log(f"{args.out}: {len(find_state_dict(content)[1])} tensors; also kept: {', '.join(done.kept) or 'nothing'}")
     if done.left_out:
         log(f"left out: {'; '.join(done.left_out)}")
     try:

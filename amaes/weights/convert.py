@@ -22,7 +22,7 @@ from amaes.weights.tensor_files import (
     SAFETENSORS,
     check_archive,
     check_tensors,
-    find_weights,
+    find_state_dict,
     read,
     weights_entry,
     write,
@@ -67,6 +67,8 @@ def convert_weights(path: Path, out: Path, trust: bool = False) -> Converted:
     how, content = _read(path, trust)
     holder, weights = _find_weights(content)
     done = Converted(how, {key: value for key, value in weights.items() if _is_weight(key, value)})
+    if not done.weights:
+        raise ValueError(f"{path}: no weights found")
     check_tensors(path, done.weights)
     others = {}
     for key, value in content.items():
@@ -83,12 +85,14 @@ def convert_weights(path: Path, out: Path, trust: bool = False) -> Converted:
 
 def _read(path: Path, trust: bool) -> tuple[str, Mapping]:
     """In words how the file was read, and its content: the safest way that finds weights in it."""
-    ways: dict[str, Callable[[Path], object]] = {"as tensors and plain data": read}
-    if path.suffix != SAFETENSORS:
-        check_archive(path)
-        ways["without running code; objects in it are left out"] = _read_with_stand_ins
-        if trust:
-            ways["as it is, with the code in it"] = _read_as_it_is
+    if path.suffix == SAFETENSORS:  # there is no code in it
+        return "as tensors and plain data", read(path)
+    check_archive(path)
+    ways: dict[str, Callable[[Path], object]] = {
+        "as tensors and plain data": read,
+        "without running code; objects in it are left out": _read_with_stand_ins,
+        **({"as it is, with the code in it": _read_as_it_is} if trust else {}),
+    }
     problem = ""
     for how, read_so in ways.items():
         try:
@@ -108,8 +112,8 @@ def _read(path: Path, trust: bool) -> tuple[str, Mapping]:
 
 
 def _find_weights(content: Mapping) -> tuple[str | None, Mapping]:
-    """As `find_weights`; an entry of another name is taken where it is the only state dict."""
-    holder, weights = find_weights(content)
+    """As `find_state_dict`; an entry of another name is taken where it is the only state dict."""
+    holder, weights = find_state_dict(content)
     if not any(_is_weight(*item) for item in weights.items()):
         with suppress(ValueError):
             return WHOLE, content[weights_entry(content)]

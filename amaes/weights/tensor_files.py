@@ -133,7 +133,7 @@ def _import_safetensors(path: Path) -> ModuleType:
     return safetensors
 
 
-def find_weights(content: Mapping) -> tuple[str | None, Mapping]:
+def find_state_dict(content: Mapping) -> tuple[str | None, Mapping]:
     """The state dict in what a file holds, and the name of its entry; None: the content itself is taken as one."""
     holder = None
     for name in HOLDERS:

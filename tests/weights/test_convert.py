@@ -190,6 +190,9 @@ def test_damaged_files_and_tensors_that_claim_too_much_are_refused(tmp_path):
     path.write_text("hello")
     with pytest.raises(ValueError, match=r"old\.pt: cannot be read \("):
         convert_weights(path, tmp_path / "new.pt")
+    (tmp_path / "old.safetensors").write_text("hello")
+    with pytest.raises(ValueError, match=r"old\.safetensors: (needs the package|not a whole)"):
+        convert_weights(tmp_path / "old.safetensors", tmp_path / "new.pt", trust=True)
     with pytest.raises(FileNotFoundError, match="no such file"):
         convert_weights(tmp_path / "none.pt", tmp_path / "new.pt")
 
