@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from amaes import cli
 from amaes.choices import CHECKPOINTS
-from amaes.evaluation.command_line import add_inference_options, failure_message, stop_if_disk_full
+from amaes.evaluation.command_line import PROBABILITIES, add_inference_options, failure_message, stop_if_disk_full
 from amaes.preprocess.collection import Collection, Item
 from amaes.preprocess.file_names import channel_prefix, shorten, stem_of
 from amaes.preprocess.find_cases import NoSuchChannels, collect
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 SEGMENTATION = re.compile(
     r"[_-](d?seg|segmentation|labels?|mask|gt)$", re.IGNORECASE
 )  # what such a file's name ends in
-
-PROBABILITIES = "probabilities"  # folder of --out
 
 
 def predict_file(
@@ -336,6 +334,8 @@ def main(args: argparse.Namespace) -> int:
     files = [file for path in args.weights for file in checkpoint.find(path, args.checkpoint)]
     if files != args.weights:
         sys.stderr.write(f"weights: {', '.join(map(str, files))}\n")
+        if len({file.name for file in files}) > 1:
+            sys.stderr.write("note: these are of different steps; is every fold trained to its end?\n")
     models, meta = checkpoint.load_ensemble(files, pick_device(args.device))
     collection = cases_to_predict(args.images, meta["channels"], meta["preprocess"].get("missing_channel", "error"))
     outputs = _output_files(collection, args.out)

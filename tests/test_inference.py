@@ -369,3 +369,17 @@ def test_memory_does_not_grow_with_the_classes():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 130  # MiB
+
+
+def test_what_does_not_fit_on_the_device_is_computed_on_the_cpu():
+    tried = []
+
+    def adds(first, second):
+        tried.append((first.device.type, second.device.type))
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("full")
+        return first + second
+
+    one = torch.ones(2, 3)
+    assert torch.equal(inference._where_it_fits(adds, one, one), 2 * one)
+    assert tried == [("cpu", "cpu")] * 2

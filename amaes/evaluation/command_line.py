@@ -8,6 +8,8 @@ from amaes import cli
 from amaes.choices import DEVICES, PRECISIONS
 from amaes.files import is_disk_full
 
+PROBABILITIES = "probabilities"  # folder beside the predictions
+
 
 def add_inference_options(parser: argparse._ActionsContainer) -> None:
     """Options of the sliding window."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from amaes.evaluation.command_line import failure_message
+from amaes.evaluation.command_line import PROBABILITIES, failure_message
 from amaes.evaluation.scores import summarise
 from amaes.metrics import measure_case
 from amaes.preprocess.config import Config
@@ -83,10 +83,11 @@ def folder_note(summary: Mapping) -> str:
 
 
 def _files(folder: Path, parameter: str) -> dict[str, Path]:
-    """{id: file} of a folder's NIfTI files."""
+    """{id: file} of a folder's NIfTI files, without the probabilities that `amaes.predict` writes beside them."""
     if not folder.is_dir():
         raise FileNotFoundError(f"`{parameter}` {folder}: no such folder")
-    return {id_of(folder, path): path for path in sorted(folder.rglob("*")) if is_nifti(path.name) and path.is_file()}
+    paths = [path for path in sorted(folder.rglob("*")) if is_nifti(path.name) and path.is_file()]
+    return {id_of(folder, path): path for path in paths if path.relative_to(folder).parts[0] != PROBABILITIES}
 
 
 def _read(label: Path, prediction: Path | None) -> Pair:

@@ -60,6 +60,7 @@ def folders(tmp_path):
         save_nifti(tmp_path / "labels" / f"{name}.nii.gz", label, LPS)
     for name, label in {"a": blob, "b": two, "x": blob}.items():
         save_nifti(tmp_path / "predictions" / f"{name}.nii", label, LPS)
+    save_nifti(tmp_path / "predictions" / "probabilities" / "a.nii.gz", np.stack([blob] * 3, axis=3), LPS)
     return ["--predictions", tmp_path / "predictions", "--labels", tmp_path / "labels"]
 
 
