@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from amaes.data.splits import SPLITS_FORMAT
-from amaes.data.store import Store
+from amaes.data.store import SPLITS_FORMAT, Store
 from amaes.files import read_json
 
 

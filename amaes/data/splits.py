@@ -12,10 +12,8 @@ import numpy as np
 
 from amaes import rng
 from amaes.choices import SPLIT_BY
-from amaes.data.store import Case, Store
+from amaes.data.store import SPLITS_FORMAT, Case, Store
 from amaes.files import read_json, write_json
-
-SPLITS_FORMAT = "amaes-splits-1"
 
 
 def pretrain_split(

@@ -18,6 +18,8 @@ from amaes.files import first_line, read_json
 from amaes.preprocess.config import IGNORED, STORE_FORMAT, Config
 from amaes.preprocess.file_names import fault_of_id
 
+SPLITS_FORMAT = "amaes-splits-1"  # of its splits.json
+
 
 @dataclass(frozen=True, slots=True)  # slots: a store may have 50,000 of them
 class Case:
@@ -189,9 +191,10 @@ def _row(case: Case) -> tuple:
 
 
 def _regions(content: dict, labels: dict[int, str]) -> dict[str, tuple[int, ...]]:
-    regions = {str(name): tuple(map(int, values)) for name, values in content.items()}
+    regions = {name: tuple(values) for name, values in content.items()}
     for name, values in regions.items():
-        if not name.isprintable() or not values or not set(values) <= set(labels) - {0}:
+        known = all(type(value) is int and value > 0 and value in labels for value in values)
+        if not name.isprintable() or not values or not known:
             raise ValueError(f"region {name!r:.80}: labels {values!r:.80}, expected some of {sorted(labels)!r:.80}")
     return regions
 

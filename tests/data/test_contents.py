@@ -1,6 +1,8 @@
 """What a store holds: numbers by hand, as text and as JSON."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -61,6 +63,21 @@ def test_text_and_json(store, capsys):
     assert "voxels of 1 x 1 x 1 mm: 20 x 44 x 34 to 40 x 60 x 50, median 36 x 52 x 36\n" in text
     assert main([str(store), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == contents(Store(store))
+
+
+def test_it_answers_without_torch(store):
+    script = "import sys; from amaes.data.__main__ import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script, str(store)], stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "regions", [None, [1], {"x": []}, {"x": [9]}, {"x": [0]}, {"x": "1"}, {"x": [1.0]}, {"a\n": [1]}]
+)
+def test_regions_that_are_none_are_refused(store, regions):
+    content = json.loads((store / "dataset.json").read_text())
+    (store / "dataset.json").write_text(json.dumps({**content, "regions": regions}))
+    with pytest.raises(ValueError, match="dataset.json: not a store's index"):
+        Store(store)
 
 
 @pytest.mark.parametrize("record", [None, "{}", '{"ras_spacing": [1, 2, "x"], "label_counts": {}}', "[]"])
