@@ -1,5 +1,7 @@
 """Checkpoints with a field that is missing, null or of another type: one line that names file and field."""
 
+from itertools import islice
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_a_field_of_a_checkpoint(whole, tmp_path, field):
 
 @pytest.mark.parametrize("field", ["step", "provenance"])
 def test_what_a_network_does_not_need_may_be_missing(whole, tmp_path, field):
-    for content, value in damaged(whole, field):
+    for content, value in islice(damaged(whole, field), 4):
         meta = load(content, tmp_path / "a.pt")[1]
         assert meta.get(field, MISSING) is value
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from amaes.data.case_record import check_record
 from amaes.files import first_line, read_json
+from amaes.preprocess.case_record import check_record
 from amaes.preprocess.config import IGNORED, STORE_FORMAT, Config
 from amaes.preprocess.file_names import fault_of_id
 

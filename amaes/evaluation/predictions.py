@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from amaes.data.case_record import OF_FILE
 from amaes.data.store import Store
 from amaes.evaluation.folds import Fold
 from amaes.files import read_json, write_json, written_whole
 from amaes.inference import argmax_labels, restore_labels, sliding_window, undo_label_map
+from amaes.preprocess.case_record import OF_FILE
 from amaes.preprocess.config import IGNORED, Config
 from amaes.preprocess.nifti import Header, write_like
 from amaes.preprocess.read_case import read_file, read_label

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from amaes.preprocess.case_record import check_record
 from amaes.preprocess.config import PLACEHOLDER, STORE_FORMAT, Config
 from amaes.preprocess.file_names import fault_of_id, shorten
 from amaes.preprocess.store_index import case_files, class_names, remove_temporary, write_index
@@ -146,8 +147,9 @@ def changed_inputs(store: Path, items: Sequence[Item], listed: frozenset[str]) -
             continue
         try:
             record = json.loads(case_files(store, item.id)[2].read_text(encoding="utf-8"))
+            check_record(case_files(store, item.id)[2], record, ("source_stamps",))
             before = [stamp and (str(stamp[0]), *stamp[1:3]) for stamp in record["source_stamps"]]
-        except (OSError, ValueError, KeyError, TypeError, IndexError):  # damaged: done again
+        except (OSError, ValueError, TypeError):  # damaged: done again
             continue
         difference = next(filter(None, map(_difference, before, (*item.images, item.label))), None)
         if difference is not None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from amaes.files import is_disk_full, written_whole
 from amaes.preprocess.case import PreprocessedCase, preprocess_case
+from amaes.preprocess.case_record import check_record
 from amaes.preprocess.config import IGNORED
 from amaes.preprocess.nifti_header import RejectedInput
 from amaes.preprocess.report import Outcome, not_done, with_remedy
@@ -144,6 +145,7 @@ def _properties_if_done(store: Path, item: Item, config: Config, channels: Seque
         expected = (config.hash(), list(channels), stamps)
         if (properties["config_hash"], properties["channels"], properties["source_stamps"]) != expected:
             return None
+        check_record(record, properties, ("warnings", "label_values"))
         if item.corpus_filter and not properties["corpus_filter"]:  # the filter was never applied to it
             return None
         shape = tuple(properties["shape"])

@@ -2,11 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from amaes.data.case_record import FIELDS, HEADER, OF_FILE
 from amaes.data.classes import labelled
 from amaes.data.loader import loader
 from amaes.data.patches import Patches
@@ -15,6 +15,7 @@ from amaes.evaluation.folds import Fold, check_cases
 from amaes.evaluation.leakage import find_leakage
 from amaes.inference import sliding_window
 from amaes.models import build_segmenter
+from amaes.preprocess.case_record import FIELDS, HEADER, OF_FILE
 from amaes.preprocess.config import Config
 from amaes.preprocess.find_cases import collect
 from amaes.preprocess.write_store import write_store
@@ -43,10 +44,21 @@ def test_what_preprocessing_writes_is_right(store):
     assert set(record["header"]) >= set(HEADER)
 
 
+OPTIONAL_VALUES = {  # that a damaged record may hold by chance, beside texts
+    "label_file": [None],
+    "label_counts": [{}],
+    "channel_sha256": [[], ["x"]],
+    "source_stamps": [[], [None]],
+    "warnings": [[]],
+    "label_values": [[]],
+    "raw_label_values": [[]],
+}
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_field_of_a_cases_record(store, field):
     path, whole = store / "cases" / "p0.json", Store(store)
-    optional = {"label_file": [None], "label_counts": [{}], "channel_sha256": [[], ["x"]]}.get(field, [])
+    optional = OPTIONAL_VALUES.get(field, [])
     texts = ["x", ""] if field == "label_file" else []
     for record, value in damaged(json.loads(path.read_text()), field):
         path.write_text(json.dumps(record))
@@ -125,3 +137,16 @@ def test_images_of_other_types_are_read_or_refused(store, kind):
     assert batch["image"].dtype.is_floating_point
     network = build_segmenter("unet_tiny").eval()
     assert sliding_window(network, whole.image("p0"), (32, 16, 16)).isfinite().all()
+
+
+@pytest.mark.parametrize("field", ["label_values", "raw_label_values", "warnings", "source_stamps", "shape", "header"])
+def test_a_case_whose_record_is_damaged_is_done_again(store, field):
+    path = store / "cases" / "p0.json"
+    whole = json.loads(path.read_text())
+    folder = Path(whole["source_files"][0]).parent.parent  # where the scans lie
+    collection = collect(folder / "images", folder / "labels")
+    for value in (None, 7, "x", {}, [{}]):
+        path.write_text(json.dumps({**whole, field: value}))
+        result = write_store(collection, store, Config())
+        assert [outcome.row["status"] for outcome in result.outcomes] == ["ok", "skipped"]
+        assert json.loads(path.read_text()) == whole

@@ -58,6 +58,17 @@ def _is_counts(value: object) -> bool:
     return isinstance(value, dict) and all(key.isdecimal() and _number(count) for key, count in value.items())
 
 
+def _is_warning(value: object) -> bool:
+    """ "code: text" """
+    return isinstance(value, str) and ":" in value
+
+
+def _is_stamp(value: object) -> bool:
+    """[path, bytes, time of change in ns] of a file, [volume, volumes] of a 4-D one; None where there was none."""
+    kinds = tuple(map(type, value)) if isinstance(value, list) else ()
+    return value is None or kinds in ((str, int, int), (int, int))
+
+
 def _is_header(value: object) -> bool:
     """The fields from which `nifti.write_like` rebuilds a header."""
     return isinstance(value, dict) and all(is_right(value.get(name)) for name, is_right in HEADER.items())
@@ -77,11 +88,14 @@ HEADER = {
 }
 FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {  # those that are read: whether a value is right, and which
     "label_file": (_may_be_none(_is_text), "the name of a file"),
+    **dict.fromkeys(("label_values", "raw_label_values"), (_many(_whole(-(1 << 63), 1 << 64)), "whole numbers")),
+    "warnings": (_many(_is_warning), "texts, each with its code"),
+    "source_stamps": (_many(_is_stamp), "path, bytes and time of each file"),
     "label_counts": (_is_counts, "label values and how many voxels have them"),
     "channel_sha256": (_many(_is_text), "a list of texts"),
     **dict.fromkeys(("sform_code", "qform_code"), (_whole(0, 5), "a number from 0 to 5")),
     "ras_ornt": (_many(_many(_whole(-1, 2), 2), 3), "three pairs of axis and direction"),
-    **dict.fromkeys(("ras_shape", "cropped_shape", "resampled_shape"), (_sides, "three numbers of voxels")),
+    **dict.fromkeys(("shape", "ras_shape", "cropped_shape", "resampled_shape"), (_sides, "three numbers of voxels")),
     "ras_spacing": (_many(_is_length, 3), "three lengths"),
     "crop_box": (_many(_many(_number, 2), 3), "three pairs of voxels, begin and end"),
     "header": (_is_header, "the fields of a NIfTI header"),
