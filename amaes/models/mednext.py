@@ -65,9 +65,10 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, X, Y, Z) to (B, O, X', Y', Z'); "down" halves the sides, rounding up, "up" doubles them."""
         y = depthwise(x, self.depthwise.weight, self.depthwise.bias, self.resample)
-        y = norm_mlp(y, self.norm, self.expand, self.project, self.grn)
+        residual = x if self.resample == "same" else None
+        y = norm_mlp(y, self.norm, self.expand, self.project, self.grn, residual)
         if self.resample == "same":
-            return x + y
+            return y
         weight, bias = self.shortcut.weight, self.shortcut.bias
         if self.resample == "down":
             return y + pointwise(x, weight, bias, stride=2)

@@ -1,9 +1,12 @@
 """Triton kernels: values and gradients of the plain forms, on odd sides, in every way an input can be laid out."""
 
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,14 +50,14 @@ def assert_equal_to_plain(kernel, plain, tensors, *options, tolerance=1e-5):
         assert (a - b).abs().max() <= tolerance * max(1, b.abs().max())
 
 
-def assert_no_worse_than_plain(kernel, plain, tensors, *options):
-    """In bfloat16: as near to the exact numbers as the plain form."""
-    low = [tensor.bfloat16() for tensor in tensors]
+def assert_no_worse_than_plain(kernel, plain, tensors, *options, dtype=torch.bfloat16):
+    """In a short type: as near to the exact numbers as the plain form."""
+    low = [tensor.to(dtype) for tensor in tensors]
     exact = with_gradients(plain, [tensor.double() for tensor in low], *options)
     for a, b, true in zip(
         with_gradients(kernel, low, *options), with_gradients(plain, low, *options), exact, strict=True
     ):
-        assert a.dtype == torch.bfloat16
+        assert a.dtype == dtype
         assert (a - true).norm() <= ROUNDING * (b - true).norm() + 1e-3 * true.norm()
 
 
@@ -228,6 +231,91 @@ def test_norm_act_is_one_operator_for_the_compiler(keep_input):
         + (1e-5, 0.01, keep_input),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+# Norm, expand, GELU, response norm, project ---------------------------------------------------------------------------
+
+MLP = sys.modules["amaes.models.ops.norm_mlp"]
+MLP_CASES = [  # channels in and out, ratio, response norm, residual, batch, sides
+    (4, 4, 2, None, True, 3, (3, 5, 7)),
+    (30, 60, 3, None, False, 1, (1, 5, 3)),
+    (32, 32, 2, "mean", True, 1, (3, 5, 7)),
+    (6, 3, 4, "sum", False, 3, (2, 3, 5)),
+]
+
+
+def chain(function):
+    """`function` with its modules' parameters as tensors: x, norm, expand, project (weight and bias each), more."""
+
+    def run(x, scale, shift, expand, expand_bias, project, project_bias, *others, divisor, residual):
+        norm = SimpleNamespace(weight=scale, bias=shift, eps=1e-5)
+        layers = [
+            SimpleNamespace(weight=w[..., None, None, None], bias=b, in_channels=w.shape[1], out_channels=w.shape[0])
+            for w, b in ((expand, expand_bias), (project, project_bias))
+        ]
+        grn = None
+        if divisor is not None:
+            gamma, beta, *others = others
+            grn = SimpleNamespace(gamma=as_row(gamma), beta=as_row(beta), divisor=divisor)
+        return function(x, norm, *layers, grn, others[0] if residual else None)
+
+    return run
+
+
+def as_row(tensor):
+    return tensor.view(1, -1, 1, 1, 1)
+
+
+def plain_chain(x, norm, expand, project, grn, residual):
+    y = F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    h = F.gelu(F.conv3d(y, expand.weight, expand.bias))
+    h = h if grn is None else ops.response_norm(h, grn.gamma, grn.beta, grn.divisor)
+    y = F.conv3d(h, project.weight, project.bias)
+    return y if residual is None else residual + y
+
+
+def mlp_tensors(channels, out, ratio, divisor, residual, batch, sides):
+    hidden = ratio * channels
+    shapes = [(batch, channels, *sides), channels, channels, (hidden, channels), hidden, (out, hidden), out]
+    shapes += [] if divisor is None else [hidden, hidden]
+    shapes += [(batch, out, *sides)] if residual else []
+    tensors = [randn(*(shape if isinstance(shape, tuple) else (shape,)), seed=i) for i, shape in enumerate(shapes)]
+    tensors[3], tensors[5] = tensors[3] / channels**0.5, tensors[5] / hidden**0.5
+    return tensors, {"divisor": divisor, "residual": residual}
+
+
+@pytest.mark.parametrize(("channels", "out", "ratio", "divisor", "residual", "batch", "sides"), MLP_CASES)
+def test_norm_mlp(channels, out, ratio, divisor, residual, batch, sides):
+    tensors, form = mlp_tensors(channels, out, ratio, divisor, residual, batch, sides)
+    ours, plain = (partial(chain(function), **form) for function in (ops.norm_mlp, plain_chain))
+    assert_equal_to_plain(ours, plain, tensors)
+
+
+def test_norm_mlp_in_a_short_type():
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # no bfloat16 matrices when interpreted
+    tensors, form = mlp_tensors(4, 4, 2, "mean", True, 1, (3, 5, 4))
+    ours, plain = (partial(chain(function), **form) for function in (ops.norm_mlp, plain_chain))
+    assert_no_worse_than_plain(ours, plain, tensors, dtype=dtype)
+
+
+def test_norm_mlp_sums_over_several_chunks_and_blocks_of_hidden_channels(monkeypatch):
+    kernels = sys.modules["amaes.models.ops.kernels.norm_mlp"]
+    for name, value in (("PROGRAMS", 6), ("ROWS", 16), ("HIDDEN", 16)):
+        monkeypatch.setattr(kernels, name, value)
+    tensors, form = mlp_tensors(4, 4, 5, "mean", False, 1, (3, 4, 5))
+    ours, plain = (partial(chain(function), **form) for function in (ops.norm_mlp, plain_chain))
+    assert_equal_to_plain(ours, plain, tensors)
+
+
+@pytest.mark.parametrize(("channels", "fused"), [(64, True), (65, False)])
+def test_norm_mlp_is_fused_where_channels_are_few(monkeypatch, channels, fused):
+    calls = []
+    monkeypatch.setattr(MLP, "_triton", lambda x, *others: calls.append(x))
+    tensors, form = mlp_tensors(channels, 4, 1, None, False, 1, (1, 2, 2))
+    chain(ops.norm_mlp)(*tensors, **form) if fused else None
+    layer = nn.Conv3d(channels, channels, 1, device=DEVICE)
+    ops.norm_mlp(tensors[0], nn.GroupNorm(channels, channels, device=DEVICE), layer, layer, None)
+    assert (len(calls) == 2) == fused
 
 
 # Whole networks -------------------------------------------------------------------------------------------------------

@@ -11,16 +11,30 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from amaes.models.ops import dispatch
-from amaes.models.ops.dispatch import SPACE, autocast_off, compute_dtype, wide_dtype, without_autocast
+from amaes.models.ops.dispatch import (
+    SPACE,
+    autocast_off,
+    compute_dtype,
+    from_rows,
+    to_rows,
+    wide_dtype,
+    without_autocast,
+)
 from amaes.models.ops.norm_act import norm_only
 from amaes.models.ops.pointwise import pointwise
 
 PIECE = 2**20  # numbers of the hidden tensor that are computed at a time on the CPU, so that they stay in its cache
 GRN_EPS = 1e-6
+MOST_CHANNELS = 64  # of input and output in Triton; more go through cuBLAS, with the norm in Triton
 
 
 def norm_mlp(
-    x: torch.Tensor, norm: nn.GroupNorm, expand: nn.Conv3d, project: nn.Conv3d, grn: nn.Module | None
+    x: torch.Tensor,
+    norm: nn.GroupNorm,
+    expand: nn.Conv3d,
+    project: nn.Conv3d,
+    grn: nn.Module | None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Instance norm, 1x1x1 convolution to the hidden width, exact GELU, GRN where there is one, 1x1x1 convolution.
 
@@ -30,10 +44,20 @@ def norm_mlp(
         expand: C to H channels.
         project: H to O channels.
         grn: has `gamma` and `beta`, (1, H, 1, 1, 1), and `divisor` (see `response_norm`); None leaves it out.
+        residual: (B, O, X, Y, Z), added at last; or None.
 
     Returns:
         (B, O, X, Y, Z), in channels-last memory. Statistics are in float32 (or float64) whatever autocast says.
     """
+    if dispatch.use_triton(x) and max(expand.in_channels, project.out_channels) <= MOST_CHANNELS:
+        return _triton(x, norm, expand, project, grn, residual)
+    y = _without_residual(x, norm, expand, project, grn)
+    return y if residual is None else residual + y
+
+
+def _without_residual(
+    x: torch.Tensor, norm: nn.GroupNorm, expand: nn.Conv3d, project: nn.Conv3d, grn: nn.Module | None
+) -> torch.Tensor:
     if dispatch.use_cpu_path(x) and not torch.compiler.is_compiling():  # its loop would be unrolled in the graph
         return _cpu(x, norm, expand, project, grn)
     return _plain(x, norm, expand, project, grn)
@@ -67,6 +91,30 @@ def _plain(
     if grn is not None:
         h = response_norm(h, grn.gamma, grn.beta, grn.divisor)
     return pointwise(h, project.weight, project.bias)
+
+
+# In Triton ------------------------------------------------------------------------------------------------------------
+
+
+def _triton(
+    x: torch.Tensor,
+    norm: nn.GroupNorm,
+    expand: nn.Conv3d,
+    project: nn.Conv3d,
+    grn: nn.Module | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """As rows of channels: without copies of channels-last tensors, and without a hidden row in memory."""
+    from amaes.models.ops.kernels.norm_mlp import norm_mlp as rows_norm_mlp
+
+    rows = to_rows(x)
+    residual_rows = None if residual is None else residual.to(rows.dtype).movedim(1, -1).contiguous()
+    weights = (expand.weight.flatten(1), expand.bias, project.weight.flatten(1), project.bias)
+    gamma, beta, divisor = (None, None, "") if grn is None else (grn.gamma.flatten(), grn.beta.flatten(), grn.divisor)
+    y, _, _ = rows_norm_mlp(
+        rows, residual_rows, norm.weight, norm.bias, *weights, gamma, beta, norm.eps, divisor
+    )  # fmt: skip
+    return from_rows(y)
 
 
 # On the CPU -----------------------------------------------------------------------------------------------------------

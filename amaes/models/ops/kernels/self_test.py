@@ -10,50 +10,80 @@ import torch.nn.functional as F
 from amaes.models.ops.depthwise import _plain as plain_depthwise
 from amaes.models.ops.depthwise import _triton as triton_depthwise
 from amaes.models.ops.kernels.norm_act import norm_act as rows_norm_act
+from amaes.models.ops.kernels.norm_mlp import norm_mlp as rows_norm_mlp
 from amaes.models.ops.norm_act import SLOPE
+from amaes.models.ops.norm_mlp import response_norm
 
-TOLERANCE = 1e-3  # relative to the largest number
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative to the largest number
 CHANNELS, SIDES = 8, (1, 3, 2)
 EPS = 1e-5
 
 
 def wrong_operators(device: torch.device) -> list[str]:
-    """Operators whose output or gradients on `device`, in float32, are not those of the plain form on the CPU.
+    """Operators whose output or gradients on `device` are not those of the plain form on the CPU in float32.
 
     Raises:
         Exception: of any kind, where a kernel does not compile or run.
     """
     random = torch.Generator().manual_seed(0)
-    shapes = (1, CHANNELS, *SIDES), (CHANNELS, 1, 3, 3, 3), (CHANNELS,), (CHANNELS,)
-    x, weight, scale, bias = (torch.randn(shape, generator=random) for shape in shapes)
+    shapes = [(1, CHANNELS, *SIDES), CHANNELS, CHANNELS, (CHANNELS, CHANNELS), CHANNELS, (CHANNELS, CHANNELS), CHANNELS]
+    shapes += [CHANNELS, CHANNELS, (CHANNELS, 1, 3, 3, 3)]
+    tensors = [torch.randn(shape, generator=random) for shape in shapes]
+    x, scale, shift = tensors[:3]
     tests = {
-        f"depthwise ({resample})": (triton_depthwise, plain_depthwise, (x, weight, bias), (resample,))
+        f"depthwise ({resample})": (triton_depthwise, plain_depthwise, (x, tensors[9], shift), (resample,))
         for resample in ("same", "down", "up")
     }
     for name, keep_input in (("norm_act", True), ("norm_act (inverse)", False)):
-        tests[name] = (_triton_norm_act, _plain_norm_act, (x, scale, bias), (keep_input,))
-    return [name for name, test in tests.items() if not _agree(*test, device)]
+        tests[name] = (_triton_norm_act, _plain_norm_act, (x, scale, shift), (keep_input,))
+    for name, count in (("norm_mlp", 7), ("norm_mlp (response norm)", 9)):
+        tests[name] = (_triton_norm_mlp, _plain_norm_mlp, tensors[:count], ())
+    wrong = [name for name, test in tests.items() if not _agree(*test, device, torch.float32)]
+    if device.type == "cuda":  # products of matrices have kernels of their own
+        wrong += [
+            f"{name} in bf16" for name in tests if "mlp" in name and not _agree(*tests[name], device, torch.bfloat16)
+        ]
+    return wrong
 
 
-def _triton_norm_act(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, keep_input: bool) -> torch.Tensor:
-    y, _ = rows_norm_act(x.movedim(1, -1).contiguous(), scale, bias, EPS, SLOPE, keep_input)
+def _triton_norm_act(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, keep_input: bool) -> torch.Tensor:
+    y, _ = rows_norm_act(x.movedim(1, -1).contiguous(), scale, shift, EPS, SLOPE, keep_input)
     return y.movedim(-1, 1)
 
 
-def _plain_norm_act(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, keep_input: bool) -> torch.Tensor:
-    return F.leaky_relu(F.instance_norm(x, weight=scale, bias=bias, eps=EPS), SLOPE)
+def _plain_norm_act(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, keep_input: bool) -> torch.Tensor:
+    return F.leaky_relu(F.instance_norm(x, weight=scale, bias=shift, eps=EPS), SLOPE)
+
+
+def _triton_norm_mlp(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    rows, of_grn = x.movedim(1, -1).contiguous(), weights[6:] or (None, None)
+    y, _, _ = rows_norm_mlp(rows, rows, *weights[:6], *of_grn, EPS, "mean")
+    return y.movedim(-1, 1)
+
+
+def _plain_norm_mlp(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    scale, shift, expand, expand_bias, project, project_bias, *of_grn = weights
+    h = F.instance_norm(x, weight=scale, bias=shift, eps=EPS).movedim(1, -1)
+    h = F.gelu(F.linear(h, expand, expand_bias))
+    if of_grn:
+        gamma, beta = (tensor.view(1, -1, 1, 1, 1) for tensor in of_grn)
+        h = response_norm(h.movedim(-1, 1), gamma, beta, "mean").movedim(1, -1)
+    return x + F.linear(h, project, project_bias).movedim(-1, 1)
 
 
 def _agree(
-    kernel: Callable, plain: Callable, tensors: tuple[torch.Tensor, ...], options: tuple, device: torch.device
+    kernel: Callable,
+    plain: Callable,
+    tensors: tuple[torch.Tensor, ...],
+    options: tuple,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> bool:
     results = []
-    for function, place in ((kernel, device), (plain, torch.device("cpu"))):
+    for function, place, own_dtype in ((kernel, device, dtype), (plain, torch.device("cpu"), torch.float32)):
         with torch.enable_grad(), torch.autocast(place.type, enabled=False):
-            inputs = [tensor.to(place).requires_grad_() for tensor in tensors]
+            inputs = [tensor.to(dtype).to(place, own_dtype).requires_grad_() for tensor in tensors]
             y = function(*inputs, *options)
-            weights = torch.linspace(-1, 1, y.numel()).sin().view(y.shape).to(place)
-            results.append([part.cpu() for part in (y, *torch.autograd.grad(y, inputs, weights))])
-    return all(
-        (ours - right).abs().max() <= TOLERANCE * right.abs().max() for ours, right in zip(*results, strict=True)
-    )
+            weights = torch.linspace(-1, 1, y.numel()).sin().view(y.shape).to(y)
+            results.append([part.float().cpu() for part in (y, *torch.autograd.grad(y, inputs, weights))])
+    return all((a - b).abs().max() <= TOLERANCES[dtype] * b.abs().max() for a, b in zip(*results, strict=True))
