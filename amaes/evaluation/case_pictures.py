@@ -68,28 +68,34 @@ def draw_cases(path: Path, run: Run, folds: Sequence[Mapping], space: str) -> Pa
         space: "native" or "store".
 
     Returns:
-        The path; None where matplotlib is not installed, or no case has a Dice.
+        The path; None where matplotlib is not installed or fails, or no case has a Dice.
     """
     chosen = choose_cases(folds)
     if not chosen or find_spec("matplotlib") is None:
         return None
-    rows = []
-    for case in chosen:
-        fold = run.folds[case.fold]
-        grid = SPACES[space](run.store, fold.folder / f"predictions{fold.suffix}", fold.ignored_label)
-        title = f"{case.title}: {case.id}, fold {fold.number}, Dice {100 * case.dice:.1f} %"
-        try:
-            reference = grid.reference(case.id)
-            prediction = grid.prediction(case.id, reference)
-            rows.append(
-                Row(title, _panels(grid.image(case.id, reference), reference.labels, prediction, reference.spacing))
-            )
-        except (OSError, ValueError) as error:  # a file that went away since it was measured
-            rows.append(Row(f"{title}: {error}", [Panel(np.zeros((8, 8)))]))
+    rows = [_row(case, run, space) for case in chosen]
     classes = [(value, name) for value, name in sorted(run.store.labels.items()) if value > 0]
     colours = ", ".join(f"{name} {COLOUR_NAMES[(value - 1) % len(COLOUR_NAMES)]}" for value, name in classes)
-    write_sheet(path, f"{run.path.name}: {colours}", rows)
+    try:
+        write_sheet(path, f"{run.path.name}: {colours}", rows)
+    except Exception:  # whatever a broken matplotlib raises, the tables are worth more
+        return None
     return path
+
+
+def _row(case: Chosen, run: Run, space: str) -> Row:
+    fold = run.folds[case.fold]
+    grid = SPACES[space](run.store, fold.folder / f"predictions{fold.suffix}", fold.ignored_label)
+    title = f"{case.title}: {case.id}, fold {fold.number}, Dice {100 * case.dice:.1f} %"
+    try:
+        reference = grid.reference(case.id)
+        prediction = grid.prediction(case.id, reference)
+        if reference.ignored is not None:
+            prediction[reference.ignored] = 0
+        image = grid.image(case.id, reference)
+        return Row(title, _panels(image, reference.labels, prediction, reference.spacing))
+    except (OSError, ValueError) as error:  # a file that went away since it was measured
+        return Row(f"{title}: {error}", [Panel(np.zeros((8, 8)))])
 
 
 def _panels(image: np.ndarray, reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> list[Panel]:

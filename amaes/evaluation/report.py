@@ -35,7 +35,7 @@ def report_html(
     """
     figures = ""
     if pictures is not None:
-        none = "<p>Pictures need matplotlib: pip install 'amaes[plots]', then evaluate again.</p>"
+        none = "<p>None: they need a working matplotlib (pip install 'amaes[plots]', then evaluate again).</p>"
         shown = "".join(_figure(caption, path) for caption, path in pictures.items())
         figures = f"<h2>Pictures</h2>\n{shown or none}\n"
     cases = f"<details><summary>Dice of every case, worst first</summary>{markdown_to_html(_case_table(folds, names))}"

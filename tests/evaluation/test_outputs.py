@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from amaes.evaluation import case_pictures
 from amaes.evaluation.case_pictures import choose_cases
 from amaes.evaluation.report import markdown_to_html, report_html
 from amaes.evaluation.tables import markdown_table, markdown_text
@@ -221,3 +222,14 @@ def test_cases_are_drawn(make_run, capsys, options):  # noqa: F811
     orange = np.abs(drawn - np.array([230, 159, 0]) / 255).max(axis=2) < 0.01
     assert orange.any()  # outlines of class 1
     assert "data:image/png;base64,iVBOR" in (folder / f"report{suffix}.html").read_text()
+
+
+def test_a_picture_that_fails_costs_no_table(make_run, capsys, monkeypatch):  # noqa: F811
+    def broken(*_):
+        raise ImportError("no backend")
+
+    monkeypatch.setattr(case_pictures, "write_sheet", broken)
+    monkeypatch.setattr(case_pictures, "find_spec", lambda _: True)
+    folder = make_run("first", 0.5, [["a", "b"]])
+    assert run(capsys, folder, "--metrics", "dice")[0] == 0
+    assert "they need a working matplotlib" in (folder / "report.html").read_text()
