@@ -96,6 +96,11 @@ def test_depthwise_takes_planes_of_several_tiles_and_chunks_of_several_planes(mo
     assert_equal_to_plain(ops.depthwise, DEPTHWISE._plain, depthwise_tensors(4, 3, 1, (3, 3, 5)), "same")
 
 
+def test_depthwise_takes_other_sides_of_the_kernel_to_pytorch():
+    tensors = depthwise_tensors(4, 7, 1, (2, 3, 4))
+    assert_equal_to_plain(ops.depthwise, DEPTHWISE._plain, tensors, "same")
+
+
 def test_depthwise_under_autocast_keeps_the_weights_digits():
     x, weight, bias = depthwise_tensors(4, 3, 1, (1, 3, 4))
     with torch.autocast(DEVICE.type, torch.bfloat16):

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from amaes.models.ops import dispatch
 from amaes.models.ops.dispatch import SPACE, autocast_off, compute_dtype, from_rows, to_rows, without_autocast
 
+KERNEL_SIDES = (3, 5)  # that the Triton kernels know
+
 
 def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resample: str) -> torch.Tensor:
     """Depthwise convolution of odd kernel k, padding k // 2.
@@ -22,7 +24,7 @@ def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resampl
         resample: "same" (stride 1), "down" (stride 2, side n to ceil(n / 2)), or "up" (transposed, stride 2 without
             output padding, side n to 2n - 1).
     """
-    if dispatch.use_triton(x):
+    if dispatch.use_triton(x) and weight.shape[-1] in KERNEL_SIDES:
         return _triton(x, weight, bias, resample)
     if dispatch.use_cpu_path(x):
         dtype = compute_dtype(x)
