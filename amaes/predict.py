@@ -331,6 +331,8 @@ def main(args: argparse.Namespace) -> int:
     from amaes.distributed import pick_device
     from amaes.inference import MIRROR_AXES
 
+    if args.checkpoint == "best" and not any(path.is_dir() for path in args.weights):
+        raise ValueError("`checkpoint` best: `weights` names files; accepted with a run or a fold")
     files = [file for path in args.weights for file in checkpoint.find(path, args.checkpoint)]
     if files != args.weights:
         sys.stderr.write(f"weights: {', '.join(map(str, files))}\n")

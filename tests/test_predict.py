@@ -567,6 +567,16 @@ def test_networks_that_differ_are_no_ensemble(weights, nifti_file, tmp_path, cap
     assert f"{weights} has " in err
 
 
+def test_the_best_checkpoint_is_one_of_a_run(nifti_file, tmp_path, capsys):
+    file = save_fold(tmp_path / "run", 0, seed=1)
+    best = shutil.copy(file, file.with_name("best.pt"))
+    options = ["--images", nifti_file("a.nii.gz"), "--out", tmp_path / "out", "--checkpoint", "best"]
+    assert run(capsys, "--weights", tmp_path / "run", *options)[::2] == (0, f"weights: {best}\n")
+    status, _, err = run(capsys, "--weights", file, *options)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "--checkpoint best: --weights names files" in err
+
+
 @pytest.mark.parametrize("turn", [0, 13, 40])
 def test_an_array_in_memory_is_segmented_as_its_file_is(two_channels, nifti_file, turn):
     model, meta = checkpoint.load_segmenter(two_channels)
