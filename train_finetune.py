@@ -32,6 +32,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--augment", choices=list(FINETUNE_PRESETS), help=explanation)
     options.add_augment_options(add)
     add("--foreground", type=cli.fraction, default=0.33, help="share of patches placed around a foreground voxel")
+    explanation = "weights of single classes in the cross-entropy, e.g. 2:5 (default: 1 for each)"
+    add("--class-weights", type=options.class_weight, nargs="+", metavar="CLASS:WEIGHT", help=explanation)
     add = options.add_weights_options(parser, "encoder")
     add("--pretrain-data", nargs="+", metavar="STORE", help="stores they were trained on (default: as CKPT says)")
     add("--strict-leakage", action="store_true", help="refuse to train where pretraining saw test cases")
@@ -111,7 +113,8 @@ def main(args: argparse.Namespace) -> int:
     augment_options = {"window": args.window, **dict(args.augment_options)}
     augment = FinetuneAugment(args.patch_size, args.augment, args.seed, **augment_options)
     head = {"decoder": args.decoder, "deep_supervision": args.deep_supervision}
-    objective = SupervisedSegmentation(augment, **head, foreground=args.foreground)
+    head |= {"foreground": args.foreground, "class_weights": dict(args.class_weights or ())}
+    objective = SupervisedSegmentation(augment, **head)
 
     # Data and network
     args.data = str(Path(args.data).absolute())  # so that config.json finds it from any working folder

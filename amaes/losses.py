@@ -58,7 +58,11 @@ def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: flo
 
 
 def dice_ce_loss(
-    logits: torch.Tensor, label: torch.Tensor, allowed: torch.Tensor | None = None, ignored: int | None = None
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    allowed: torch.Tensor | None = None,
+    ignored: int | None = None,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy plus soft Dice, weights 1 and 1 (arXiv 2408.00640, Sec. 4.2; background included, smoothing 1).
 
@@ -71,6 +75,7 @@ def dice_ce_loss(
         allowed: classes that a sample may hold, (B, K), bool; the others take no part in its softmax and its Dice, and
             their logits get no gradient from it. None allows all.
         ignored: label of voxels that are left out of both; None: there are none.
+        class_weights: of the voxels of each class in the mean of the cross-entropy, (K,), float32; None: equal.
 
     Returns:
         Scalar, at least -1.
@@ -83,14 +88,15 @@ def dice_ce_loss(
     p = log_p.exp()
     if ignored is None:
         one_hot = torch.zeros_like(p).scatter_(1, label[:, None], 1.0)  # (B, K, X, Y, Z)
-        cross_entropy = F.nll_loss(log_p, label)
+        cross_entropy = F.nll_loss(log_p, label, class_weights)
     else:
         seen = (label != ignored)[:, None]  # (B, 1, X, Y, Z)
         known = label.where(seen[:, 0], 0)
         one_hot = torch.zeros_like(p).scatter_(1, known[:, None], seen.to(p.dtype))
         p = p * seen
-        total_ce = F.nll_loss(log_p, label, ignore_index=ignored, reduction="sum")
-        cross_entropy = total_ce / seen.sum().clamp(min=1)
+        weights = seen[:, 0] if class_weights is None else class_weights[known] * seen[:, 0]
+        total_ce = F.nll_loss(log_p, label, class_weights, ignore_index=ignored, reduction="sum")
+        cross_entropy = total_ce / weights.sum().clamp(min=1e-8)
     space = (2, 3, 4)
     overlap = (p * one_hot).sum(space)  # TP, (B, K)
     total = p.sum(space) + one_hot.sum(space)  # 2 TP + FP + FN
@@ -104,19 +110,21 @@ def segmentation_loss(
     label: torch.Tensor,
     allowed: torch.Tensor | None = None,
     ignored: int | None = None,
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`dice_ce_loss`, with deep supervision the mean over stages weighted 1, 1/2, 1/4, ... (finest first).
 
     Args:
         outputs: logits (B, K, X, Y, Z), or a list of them, finest first, each axis a whole fraction of the label's.
         label: (B, X, Y, Z), integers; brought to the size of coarser logits by taking every n-th voxel.
-        allowed, ignored: see `dice_ce_loss`.
+        allowed, ignored, class_weights: see `dice_ce_loss`.
     """
     if isinstance(outputs, torch.Tensor):
-        return dice_ce_loss(outputs, label, allowed, ignored)
+        return dice_ce_loss(outputs, label, allowed, ignored, class_weights)
     weights = [0.5**i for i in range(len(outputs))]
     losses = []
     for logits in outputs:
         step = [full // side for full, side in zip(label.shape[1:], logits.shape[2:], strict=True)]
-        losses.append(dice_ce_loss(logits, label[:, :: step[0], :: step[1], :: step[2]], allowed, ignored))
+        coarse = label[:, :: step[0], :: step[1], :: step[2]]
+        losses.append(dice_ce_loss(logits, coarse, allowed, ignored, class_weights))
     return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)

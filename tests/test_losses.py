@@ -64,6 +64,24 @@ def test_ignored_voxels_take_no_part():
     assert nothing.item() == pytest.approx(-1)  # 0 / 0 voxels of every class, smoothed; and no cross-entropy
 
 
+@pytest.mark.parametrize("ignored", [None, 9])
+def test_class_weights_weigh_voxels_in_the_cross_entropy_alone(ignored):
+    logits = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    label = torch.randint(0, 3, (2, 4, 5, 6), generator=torch.Generator().manual_seed(1))
+    seen = torch.ones_like(label, dtype=torch.bool)
+    if ignored is not None:
+        label[:, :2], seen[:, :2] = ignored, False
+    weights = torch.tensor([1.0, 4.0, 0.5])
+    of_voxels = torch.where(seen, weights[label.where(seen, 0)], 0)
+    log_p = logits.log_softmax(1).gather(1, label.where(seen, 0)[:, None])[:, 0]
+    plain, even = (dice_ce_loss(logits, label, ignored=ignored, class_weights=w) for w in (None, torch.full((3,), 7.0)))
+    dice = plain + (log_p * seen).sum() / seen.sum()
+    assert dice_ce_loss(logits, label, ignored=ignored, class_weights=weights).item() == pytest.approx(
+        (dice - (log_p * of_voxels).sum() / of_voxels.sum()).item(), abs=1e-6
+    )
+    assert even.item() == pytest.approx(plain.item(), abs=1e-6)
+
+
 def test_masked_loss_is_the_mean_over_hidden_voxels():
     target, prediction = torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 2, 2, 2, 2)
     mask = torch.zeros(1, 1, 2, 2, 2, dtype=torch.bool)

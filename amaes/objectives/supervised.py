@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -25,6 +25,7 @@ class SupervisedSegmentation:
         augment: of image and label.
         decoder, deep_supervision: of the network, see `amaes.models.build_segmenter`.
         foreground: share of patches placed around a foreground voxel.
+        class_weights: of the cross-entropy, by class; 1 for those not named.
 
     Attributes:
         classes: of the stores, after `see`; the network has `classes.count` outputs.
@@ -43,21 +44,29 @@ class SupervisedSegmentation:
         decoder: str = "unet",
         deep_supervision: bool = False,
         foreground: float = 0.33,
+        class_weights: Mapping[int, float] | None = None,
     ) -> None:
         self.augment, self.draw, self.window_size = augment, augment.draw, augment.window_size
         self.reading = {"labels": True, "foreground": foreground}
         self.build = {"decoder": decoder, "deep_supervision": deep_supervision}
+        self._class_weights, self._weights = dict(class_weights or {}), None
 
     def see(self, store: Store | SeveralStores) -> None:
         """Take the classes from the data.
 
         Raises:
-            ValueError: no labels there, or background alone.
+            ValueError: no labels there, or background alone; a weight for a class that is not there.
         """
         self.classes = Classes.of(store)
         if self.classes.count < 2:
             raise ValueError(f"{store.path}: no labels there, or background alone; preprocess with `labels`")
         self.build["num_classes"] = self.classes.count
+        if unknown := sorted(set(self._class_weights) - set(range(self.classes.count))):
+            raise ValueError(
+                f"`class_weights` {unknown[0]}: no class of {store.path}; it has 0 to {self.classes.count - 1}"
+            )
+        if self._class_weights:
+            self._weights = torch.tensor([self._class_weights.get(k, 1.0) for k in range(self.classes.count)])
 
     @torch.no_grad()
     def prepare(self, batch: dict, device: torch.device, training: bool = True) -> tuple[torch.Tensor, Targets]:
@@ -76,7 +85,8 @@ class SupervisedSegmentation:
 
     def losses(self, outputs: torch.Tensor | Sequence[torch.Tensor], targets: Targets) -> dict[str, torch.Tensor]:
         """Dice and cross-entropy over the allowed classes, with deep supervision over the stages."""
-        return {"segmentation": segmentation_loss(outputs, *targets, self.classes.ignored)}
+        weights = None if self._weights is None else self._weights.to(targets[0].device, non_blocking=True)
+        return {"segmentation": segmentation_loss(outputs, *targets, self.classes.ignored, weights)}
 
     def baseline(self, targets: Targets) -> torch.Tensor:
         """All allowed classes equally likely in every voxel."""

@@ -125,6 +125,14 @@ def _accumulate(text: str) -> int | str:
     return text if text == "auto" else cli.batch(text)
 
 
+def class_weight(text: str) -> tuple[int, float]:
+    """argparse type: CLASS:WEIGHT."""
+    number, colon, weight = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected CLASS:WEIGHT, such as 2:5")
+    return cli.integer(0, 255)(number), cli.real(0, 1e6, above=True)(weight)
+
+
 def add_augment_options(add: Callable) -> None:
     """--augment-options, where `add` adds an option."""
     add(

@@ -71,6 +71,8 @@ def test_a_run_that_continues_knows_its_best_and_refuses_other_folds(finetune, t
     assert checkpoint.read(fold / "checkpoints" / "best.pt")["step"] == 3
     splits = tmp_path / "splits.csv"
     splits.write_text(splits.read_text().replace("case03,0,test", "case03,0,train") + "case04,0,test\n")
+    _, done = finetune([], "--steps 5 --class-weights 1:2 3:4", status=2)
+    assert "--class-weights 3: no class of" in done.stderr
     _, done = finetune([], "--steps 5", status=2)
     assert "fold 0: case case03 is train, was test; take another --out" in done.stderr
 
@@ -85,6 +87,8 @@ def test_a_run_that_continues_knows_its_best_and_refuses_other_folds(finetune, t
             ["--patience 2: needs validation cases", "--fold 7: accepted: all, or 0 to 5", "--transfer all: accepted"],
         ),
         ("--train-cases all --val-cases 2", ["--val-cases 2: --train-cases all leaves no case for validation"]),
+        ("--class-weights 2", ["--class-weights: '2': expected CLASS:WEIGHT"]),
+        ("--class-weights 2:0", ["--class-weights: '0' is not a number above 0"]),
         ("--train-cases some", ["--train-cases: 'some' is not an integer"]),
     ],
 )
