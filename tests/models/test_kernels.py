@@ -305,7 +305,7 @@ def test_norm_mlp_in_a_short_type():
 
 def test_norm_mlp_sums_over_several_chunks_and_blocks_of_hidden_channels(monkeypatch):
     kernels = sys.modules["amaes.models.ops.kernels.norm_mlp"]
-    for name, value in (("PROGRAMS", 6), ("ROWS", 16), ("HIDDEN", 16)):
+    for name, value in (("PROGRAMS", 6), ("ROWS", 32), ("HIDDEN", 16)):
         monkeypatch.setattr(kernels, name, value)
     tensors, form = mlp_tensors(4, 4, 5, "mean", False, 1, (3, 4, 5))
     ours, plain = (partial(chain(function), **form) for function in (ops.norm_mlp, plain_chain))

@@ -200,6 +200,7 @@ class _Shapes:
         tc = max(16, power_of_two(w1.shape[0]))
         self.narrow = {"C": w1.shape[0], "H": self.hidden, "TC": tc, "TH": th, "TN": ROWS}
         self.wide = {**self.narrow, "OUT": w2.shape[1], "TO": max(16, power_of_two(w2.shape[1]))}
+        self.sums = {**self.wide, "TN": ROWS // 2}  # sums of the weights' gradients need registers: so none is spilled
         most = max(1, PROGRAMS // (self.batch * self.blocks))
         self.chunk = triton.cdiv(triton.cdiv(self.voxels, most), ROWS) * ROWS  # voxels
         self.chunks = triton.cdiv(self.voxels, self.chunk)
@@ -309,7 +310,7 @@ def gradients(
     def sum_up(**form: bool) -> None:
         _weights_kernel[shapes.over_chunks](
             rows, grad, d_expand, d_bias, d_project, *weights, factor, slope, shapes.voxels, shapes.chunk,
-            **shapes.wide, **form, num_warps=8, num_stages=2,
+            **shapes.sums, **form, num_warps=4, num_stages=2,
         )  # fmt: skip
 
     with on_device_of(rows), autocast_off(rows):
