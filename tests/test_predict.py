@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import pickle
 import shutil
@@ -18,9 +17,8 @@ from torch import nn
 
 from amaes import checkpoint, predict
 from amaes.models import build_autoencoder, build_segmenter
-from amaes.predict import cases_to_predict, channel_order, predict_file
+from amaes.predict import cases_to_predict, predict_file
 from amaes.preprocess.config import Config
-from amaes.preprocess.file_names import stem_of
 from amaes.preprocess.nifti import to_stored_axes, write_like
 from tests.conftest import AFFINE, make_volume
 
@@ -232,137 +230,6 @@ def test_two_files_of_one_channel_are_refused(nifti_file):
     assert cases_to_predict([nifti_file("x.NII.GZ")], ["image"]).items[0].id == "x"
 
 
-# Channels of a data set -----------------------------------------------------------------------------------------------
-
-
-class Second(nn.Module):
-    """Class by the intensity of the second channel."""
-
-    def forward(self, x):
-        return Bands()(x[:, 1:])
-
-
-def declare(folder, names, **more):
-    content = {"channel_names": {str(k): name for k, name in enumerate(names)}, "labels": {"background": 0}, **more}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "dataset.json").write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize("kind", ["files", "4-D"])
-def test_declared_channels_are_put_into_the_order_of_the_checkpoint(kind, nifti_file, tmp_path):
-    t1, flair = make_volume(SCAN), make_volume(SCAN, 1)
-    expected, _ = predict_file(
-        Second(), meta(channels=["T1", "FLAIR"]), [nifti_file("T1.nii.gz", t1), nifti_file("F.nii.gz", flair)]
-    )
-    declare(tmp_path / "d", ["flair", "t1"])
-    if kind == "files":
-        for k, volume in enumerate((flair, t1)):
-            nifti_file(f"d/imagesTs/c_000{k}.nii.gz", volume)
-    else:
-        nifti_file("d/imagesTs/c.nii.gz", np.stack([flair, t1], axis=3))
-    found = cases_to_predict([tmp_path / "d" / "imagesTs"], ["T1", "FLAIR"])
-    assert found.channels == ["flair", "t1"]
-    labels, _ = predict_file(Second(), meta(channels=["T1", "FLAIR"]), found.items[0].images, channels=found.channels)
-    assert np.array_equal(labels, expected)
-
-
-@pytest.mark.parametrize(
-    ("found", "wanted", "order"),
-    [
-        (["T1", "T2"], ["t2", "t1"], [1, 0]),
-        (["T1", "T2"], ["channel_0", "channel_1"], [0, 1]),
-        (["channel_0", "channel_1"], ["T1", "T2"], [0, 1]),
-        (["FLAIR"], ["image"], [0]),
-        (["T1", "T1"], ["T1", "T1"], [0, 1]),
-    ],
-)
-def test_channel_order(found, wanted, order):
-    assert channel_order(found, wanted) == order
-
-
-def test_other_channels_are_refused_with_both_lists(two_channels, nifti_file, tmp_path, capsys):
-    declare(tmp_path / "d", ["T1", "ADC"])
-    for k in range(2):
-        nifti_file(f"d/imagesTs/c_000{k}.nii.gz", make_volume(SCAN, k))
-    options = ["--weights", two_channels, "--out", tmp_path / "out"]
-    status, _, err = run(capsys, *options, "--images", tmp_path / "d" / "imagesTs")
-    assert status == 2
-    assert "T1, FLAIR" in err
-    assert "T1, ADC" in err
-    assert len(err.splitlines()) == 1
-
-
-def test_a_data_set_needs_no_labels_and_its_training_list_is_not_looked_at(nifti_file, tmp_path):
-    names = [f"d/imagesTr/c{k}_0000.nii.gz" for k in range(3)]
-    for name in names:
-        nifti_file(name)
-    nifti_file("d/labelsTr/c0.nii.gz")
-    declare(tmp_path / "d", ["T1"], training=[{"image": "./imagesTr/c0_0000.nii.gz"}])
-    for folder in ("d", "d/imagesTr"):
-        found = cases_to_predict([tmp_path / folder], ["T1"])
-        assert [item.id for item in found.items] == ["c0", "c1", "c2"]
-        assert not any(item.problem for item in found.items)
-
-
-@pytest.mark.parametrize(("channels", "expected"), [(4, ["c"]), (1, ["c_0000", "c_0001", "c_0002", "c_0003"])])
-@pytest.mark.parametrize("folder", ["scans", "imagesTs"])
-def test_numbered_files_are_channels_where_the_checkpoint_has_as_many(nifti_file, tmp_path, folder, channels, expected):
-    for k in range(4):
-        nifti_file(f"{folder}/c_000{k}.nii.gz")
-    names = [f"channel_{k}" for k in range(channels)] if channels > 1 else ["image"]
-    assert [item.id for item in cases_to_predict([tmp_path / folder], names).items] == expected
-
-
-def test_one_channel_takes_every_name(nifti_file, tmp_path):
-    for name in ("a_T1", "b_T1", "c"):
-        nifti_file(f"s/{name}.nii.gz")
-    assert [item.id for item in cases_to_predict([tmp_path / "s"], ["T1"]).items] == ["a_T1", "b_T1", "c"]
-    (tmp_path / "s" / "c.nii.gz").unlink()
-    assert [item.id for item in cases_to_predict([tmp_path / "s"], ["T1"]).items] == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("channels", "names", "cases", "unused"),
-    [
-        (["T1", "FLAIR"], ["a_T1", "a_FLAIR", "a_seg", "a_T2"], ["s/a"], []),
-        (["T1", "FLAIR"], ["p/T1", "p/FLAIR", "p/lesions"], ["p"], []),
-        (["T1", "FLAIR"], ["a-T1", "a-FLAIR", "b-T1", "b-FLAIR_1"], ["a", "b"], ["b-FLAIR_1"]),  # b has none
-        (["T1", "FLAIR"], ["a_T1", "a_FLAIR", "other"], ["a"], ["other"]),
-        (["T1", "FLAIR"], ["a_T1", "a_FLAIR", "b_T1", "b-seg", "p/Mask"], ["a", "b"], []),  # b lacks a channel
-        (["T1"], ["a_T1", "a_seg", "b_T1", "b-seg"], ["a_T1", "b_T1"], []),
-        (["image"], ["a", "a-seg", "b_label"], ["a"], []),
-        (["image"], ["a_seg", "b_seg"], ["a_seg", "b_seg"], []),  # all are: the name says nothing
-        (["image"], ["a", "unseg", "segment"], ["a", "segment", "unseg"], []),
-    ],
-)
-def test_what_lies_beside_the_scans_is_no_case(nifti_file, tmp_path, channels, names, cases, unused):
-    for name in names:
-        nifti_file(f"s/{name}.nii.gz")
-    found = cases_to_predict([tmp_path / "s"], channels)
-    assert [item.id for item in found.items] == [case.removeprefix("s/") for case in cases]
-    assert [stem_of(path.name) for path in found.unused] == unused
-    used = [file for item in found.items for file in item.files]
-    labels = 0 if len(used) == len(names) else sum(name.lower().endswith(("seg", "label", "mask")) for name in names)
-    aside = len(names) - len(used) - len(unused) - labels
-    told = [f"{labels} label files are left out, by their names: "] * (labels > 0)
-    told += [f"{aside} files beside the scans are not used: "] * (aside > 0)
-    assert [note[: len(start)] for note, start in zip(found.notes, told, strict=True)] == told
-
-
-def test_files_that_no_channel_takes_are_listed(two_channels, nifti_file, tmp_path, capsys):
-    for name in ("a_T1", "a_FLAIR", "a_mask"):
-        nifti_file(f"s/{name}.nii.gz", make_volume(SCAN))
-    options = ["--weights", two_channels, "--out", tmp_path / "out", "--images", tmp_path / "s"]
-    status, out, err = run(capsys, *options)
-    assert (status, len(out.splitlines())) == (0, 1)
-    assert err == "note: 1 label files are left out, by their names: a_mask.nii.gz\n"
-    nifti_file("s/b_T2.nii.gz", make_volume(SCAN))
-    status, out, err = run(capsys, *options)
-    assert (status, len(out.splitlines())) == (1, 1)
-    assert f"not predicted: {tmp_path / 's' / 'b_T2.nii.gz'}: not used" in err
-    assert "1 of 1 cases predicted" in err
-
-
 def test_a_full_disk_ends_the_run_at_its_first_case(weights, nifti_file, tmp_path, capsys):
     for name in "abc":
         nifti_file(f"s/{name}.nii.gz", make_volume(SCAN))
@@ -372,12 +239,6 @@ def test_a_full_disk_ends_the_run_at_its_first_case(weights, nifti_file, tmp_pat
     assert (status, len(out.splitlines()), len(err.splitlines())) == (2, 1, 1)
     assert f"{tmp_path / 'out'}: 1 of 3 cases predicted; the disk is full; what was written is whole" in err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.nii.gz"]
-
-
-def test_what_lies_one_folder_up_is_not_declared(nifti_file, tmp_path):
-    nifti_file("d/scans/a.nii.gz")
-    declare(tmp_path / "d", ["T1", "T2"])
-    assert [item.id for item in cases_to_predict([tmp_path / "d" / "scans"], ["T1"]).items] == ["a"]
 
 
 def test_missing_channels_are_filled_where_training_did(nifti_file, tmp_path, capsys):
@@ -510,98 +371,3 @@ def test_module_runs_as_a_program(weights, nifti_file, tmp_path):
     options = ["--weights", weights, "--images", nifti_file("p1.nii.gz"), "--out", tmp_path / "out", "--device", "cpu"]
     subprocess.run([sys.executable, "-m", "amaes.predict", *map(str, options)], check=True, capture_output=True)
     assert (tmp_path / "out" / "p1.nii.gz").is_file()
-
-
-# Runs and ensembles ---------------------------------------------------------------------------------------------------
-
-
-def save_fold(run, fold, seed, **more):
-    """A checkpoint of RUN/fold<k> with weights of its own."""
-    path = save_checkpoint(run / f"fold{fold}" / "checkpoints", **more)
-    content = checkpoint.read(path)
-    noise = torch.Generator().manual_seed(seed)
-    for tensor in content["model"].values():
-        if tensor.is_floating_point():
-            tensor += 0.1 * torch.randn(tensor.shape, generator=noise)
-    torch.save(content, path)
-    return path
-
-
-def test_the_folds_of_a_run_average_their_probabilities(nifti_file, tmp_path, capsys):
-    files = [save_fold(tmp_path / "run", fold, seed=fold) for fold in (0, 10, 2)]
-    scan, out = nifti_file("scans/p1.nii.gz", make_volume(SCAN), np.diag([-1.0, -1.0, 1.0, 1.0])), tmp_path / "out"
-    single = []
-    for weights, name in [(tmp_path / "run", "all"), *((file.parents[1], file.parents[1].name) for file in files)]:
-        status, _, err = run(capsys, "--weights", weights, "--images", scan, "--out", out / name, "--probabilities")
-        assert status == 0
-        image = nib.load(out / name / "probabilities" / "p1.nii.gz")
-        assert np.array_equal(image.affine, nib.load(scan).affine)
-        single.append(image.get_fdata())
-        order = [0, 2, 10] if name == "all" else [int(name[4:])]
-        assert err == f"weights: {', '.join(str(tmp_path / f'run/fold{k}/checkpoints/step-3.pt') for k in order)}\n"
-    mean, *single = single  # 1 mm: nothing is resampled
-    labels = nib.load(out / "all" / "p1.nii.gz").get_fdata()
-    inside = make_volume(SCAN) > 0
-    assert mean.shape == (*SCAN, 3)
-    assert np.allclose(mean, np.mean(single, axis=0), atol=1e-6)
-    assert np.array_equal(mean.argmax(3)[inside], labels[inside])
-    assert not np.array_equal(labels, nib.load(out / "fold0" / "p1.nii.gz").get_fdata())
-
-
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        ({"channels": ("T1",)}, "channels ['T1'], "),
-        ({"label_map": {4: 1}}, "label_map {'4': 1}, "),
-        ({"labels": {"0": "background", "1": "one", "2": "other"}}, "labels {'0': 'background', '1': 'one', '2': 'oth"),
-        ({"patch_size": [16, 32, 32]}, "patch_size [16, 32, 32], "),
-        ({"preprocess": Config(spacing=(2.0, 1.0, 1.0)).as_dict()}, "spacing [2.0, 1.0, 1.0], "),
-    ],
-)
-def test_networks_that_differ_are_no_ensemble(weights, nifti_file, tmp_path, capsys, more, named):
-    other = save_checkpoint(tmp_path, **more)
-    both = ["--weights", weights, other]
-    status, out, err = run(capsys, *both, "--images", nifti_file("a.nii.gz"), "--out", tmp_path / "out")
-    assert (status, out, len(err.splitlines())) == (2, "", 1)
-    assert f"{other}: has {named}" in err
-    assert f"{weights} has " in err
-
-
-def test_the_best_checkpoint_is_one_of_a_run(nifti_file, tmp_path, capsys):
-    file = save_fold(tmp_path / "run", 0, seed=1)
-    best = shutil.copy(file, file.with_name("best.pt"))
-    options = ["--images", nifti_file("a.nii.gz"), "--out", tmp_path / "out", "--checkpoint", "best"]
-    assert run(capsys, "--weights", tmp_path / "run", *options)[::2] == (0, f"weights: {best}\n")
-    status, _, err = run(capsys, "--weights", file, *options)
-    assert (status, len(err.splitlines())) == (2, 1)
-    assert "--checkpoint best: --weights names files" in err
-
-
-@pytest.mark.parametrize("turn", [0, 13, 40])
-def test_an_array_in_memory_is_segmented_as_its_file_is(two_channels, nifti_file, turn):
-    model, meta = checkpoint.load_segmenter(two_channels)
-    stored = to_stored_axes(np.stack([make_volume(SCAN, seed) for seed in (1, 2)], axis=3), TURNS[turn])
-    affine = np.diag([1.5, 1.25, 2.0, 1.0]) @ np.linalg.inv(
-        nib.orientations.inv_ornt_aff(TURNS[turn], stored.shape[:3])
-    )
-    labels = predict.predict_array(model, np.moveaxis(stored, 3, 0), affine, meta)
-    expected, _ = predict_file(model, meta, [nifti_file("a.nii.gz", stored, affine)])
-    assert np.array_equal(labels, expected)
-    assert labels.shape == stored.shape[:3]
-    assert len(np.unique(labels)) > 1
-
-
-@pytest.mark.parametrize(
-    ("array", "affine", "message"),
-    [
-        (np.ones(SCAN, np.float32), np.eye(4), "`array` is float32"),
-        (np.ones((2, *SCAN), np.float32), np.eye(4), "channels image"),
-        (np.ones((1, *SCAN), complex), np.eye(4), "complex128"),
-        (np.ones((1, *SCAN), np.float32), np.zeros((4, 4)), "array: expected"),
-        (np.ones((1, *SCAN), np.float32), np.eye(3), "an affine of 4 x 4 numbers"),
-        (np.zeros((1, *SCAN), np.float32), np.eye(4), "array: "),
-    ],
-)
-def test_an_array_that_is_no_scan_is_refused(array, affine, message):
-    with pytest.raises(ValueError, match=message):
-        predict.predict_array(Bands(), array, affine, meta())
