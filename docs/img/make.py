@@ -146,8 +146,9 @@ def draw_prediction(path: Path, work: Path) -> None:
         height = int(np.argmax((label == 1).sum(axis=(0, 1))))
         shown, reference, found = (middle_slices(v[:, :, height : height + 1])[0] for v in (image, label, prediction))
         grey = shown / np.quantile(image, 0.995)
-        dice = ", ".join(f"{100 * cases[name][c]['dice']:.0f} %" for c in sorted(cases[name]))
-        panels = [Panel(grey, "scan"), Panel(grey, "reference", reference), Panel(grey, f"prediction: {dice}", found)]
+        lesion, ventricle = (100 * cases[name][value]["dice"] for value in "12")
+        caption = f"prediction: lesion {lesion:.0f} %, ventricle {ventricle:.0f} %"
+        panels = [Panel(grey, "scan"), Panel(grey, "reference", reference), Panel(grey, caption, found)]
         rows.append(Row(name, panels))
     heading = (
         f"Test heads, {FINETUNE_STEPS} steps on 20 others; Dice of the whole scan: lesion (orange), ventricle (blue)"
