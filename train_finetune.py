@@ -19,7 +19,7 @@ from amaes.choices import ALL, SCRATCH, WINDOWS
 from amaes.models.build import SEGMENTATION_DECODERS
 from amaes.paper.protocols import PROTOCOLS
 from amaes.training import options
-from amaes.training.fold_options import add_fold_options, fold_contradictions
+from amaes.training.fold_options import add_fold_options, check_folds, fold_contradictions
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,6 +50,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--window", choices=WINDOWS, default="parity", help=explanation)
     args = options.parse(parser, "finetune", argv)
     contradictions = options.weights_contradictions(args) + fold_contradictions(args)
+    contradictions += options.class_weights_contradictions(args)
     for name in ("pretrain_data", "strict_leakage", "near_duplicates"):
         if getattr(args, name) and args.weights == SCRATCH:
             contradictions.append(f"--{name.replace('_', '-')}: accepted with --weights CKPT, scratch has seen nothing")
@@ -131,6 +132,7 @@ def main(args: argparse.Namespace) -> int:
         args.weights = find_weights(args.weights, store, log)
         checkpoint.load_encoder(on_meta, Path(args.weights), args.stem, args.allow_partial, args.transfer)
     splits = distributed.from_main(splits_of(store, args, log) if ranks.is_main else None)
+    check_folds(args, splits)
 
     # Run
     kept = {"options": options.as_plain(vars(args)), "patch_size": args.patch_size, "keep": args.keep}
@@ -156,7 +158,8 @@ def main(args: argparse.Namespace) -> int:
             with hardware.out_of_memory_explained(ranks.device, accumulate, args.patch_size, share.of_rank):
                 train_fold(args, run, replace(folder, path=args.out / f"fold{fold}"), split, ranks, log)
     distributed.shutdown()
-    log(f"done; next: {cli.command('evaluate')} {args.out}")
+    tested = any(split["test"] for split in splits)
+    log(f"done; next: {cli.command('evaluate') if tested else cli.command('predict') + ' --weights'} {args.out}")
     return cli.EXIT_OK
 
 

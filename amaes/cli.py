@@ -32,8 +32,10 @@ def program() -> str:
 
 
 def command(name: str) -> str:
-    """How the command `name` is started where this one was started so: `amaes evaluate`, or `python evaluate.py`."""
-    return f"python {name}.py" if started_as is None else f"amaes {name}"
+    """How evaluate or predict is started where this command was started so: `amaes NAME`, or with `python`."""
+    if started_as is not None:
+        return f"amaes {name}"
+    return f"python {name}.py" if name == "evaluate" else f"python -m amaes.{name}"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -122,7 +122,7 @@ def model_card(name: str, content: Mapping, digest: str, beside: Mapping) -> str
         ["SHA-256", digest],
     ]
     lines = [f"# {markdown_text(name)}", "", f"Weights of {task}, made with amaes.", "", markdown_table(["", ""], rows)]
-    return "\n".join([*lines, "", "## Dice", "", _dice(content, beside["results"]), "", *_loading(name, content), ""])
+    return "\n".join([*lines, "", "## Dice", "", _dice(content, **beside), "", *_loading(name, content), ""])
 
 
 TRAINING = ("steps", "epochs", "batch_size", "lr", "weight_decay", "augment", "objective", "preset", "seed", "weights")
@@ -148,16 +148,18 @@ def _shown(value: object) -> str:
 def _trained_on(options: Mapping, provenance: Mapping, cases: Mapping) -> str:
     data = options.get("data")
     names = ", ".join(map(str, data)) if isinstance(data, list) else data
-    counts = f"; {cases['train']} cases, tested on {cases['test']} others" if cases else ""
+    counts = f"; {cases['train']} cases, tested on {cases['test'] or 'no'} others" if cases else ""
     return f"{names} (store {provenance.get('store')}){counts}"
 
 
-def _dice(content: Mapping, results: list[Mapping]) -> str:
+def _dice(content: Mapping, cases: Mapping, results: list[Mapping]) -> str:
     """A table of the scores of this very file on its test cases, or why there is none."""
     from amaes.evaluation.tables import markdown_table
 
     if content["task"] != "segment":
         return "None: the network was not trained for a segmentation of its own."
+    if cases and not cases["test"]:
+        return "Not measured: the training left no case to test on."
     if not results:
         return "Not measured with this file (`evaluate.py` before `export` does)."
     rows = []

@@ -336,7 +336,7 @@ def main(args: argparse.Namespace) -> int:
     files = [file for path in args.weights for file in checkpoint.find(path, args.checkpoint)]
     if files != args.weights:
         sys.stderr.write(f"weights: {', '.join(map(str, files))}\n")
-        if len({file.name for file in files}) > 1:
+        if len({file.name for file in files if file.parent.name == "checkpoints"}) > 1:
             sys.stderr.write("note: these are of different steps; is every fold trained to its end?\n")
     models, meta = checkpoint.load_ensemble(files, pick_device(args.device))
     collection = cases_to_predict(args.images, meta["channels"], meta["preprocess"].get("missing_channel", "error"))

@@ -97,6 +97,11 @@ def test_the_card_tells_what_the_network_is_and_what_it_scored(fold, tmp_path, c
     ):
         assert part in card, card
     assert "50.00" not in card  # of other weights
+    (fold / "config.json").write_text(json.dumps({"train": ["a", "b"], "test": []}))
+    run(capsys, fold, tmp_path / "all.pt")
+    card = (tmp_path / "all.md").read_text()
+    assert "; 2 cases, tested on no others |" in card
+    assert "Not measured: the training left no case to test on." in card
 
 
 def test_weights_of_pretraining(tmp_path, capsys):

@@ -76,6 +76,9 @@ def test_the_best_checkpoint_is_one_of_a_run(nifti_file, tmp_path, capsys):
     best = shutil.copy(file, file.with_name("best.pt"))
     options = ["--images", nifti_file("a.nii.gz"), "--out", tmp_path / "out", "--checkpoint", "best"]
     assert run(capsys, "--weights", tmp_path / "run", *options)[::2] == (0, f"weights: {best}\n")
+    given = shutil.copy(file, tmp_path / "given.pt")  # an exported file has no step in its name
+    both = f"weights: {file}, {given}\n"
+    assert run(capsys, "--weights", tmp_path / "run", given, *options[:-2])[::2] == (0, both)
     status, _, err = run(capsys, "--weights", file, *options)
     assert (status, len(err.splitlines())) == (2, 1)
     assert "--checkpoint best: --weights names files" in err

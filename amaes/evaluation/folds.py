@@ -75,6 +75,8 @@ def read_options(run: Path, for_paper: bool = False) -> dict:
     options = content.get("options") if isinstance(content, dict) else None
     if not isinstance(options, dict):
         raise ValueError(f"{path}: not that of a run of train_finetune.py")
+    if content.get("task", "segment") != "segment":
+        raise ValueError(f"{run}: a run of pretraining; fine-tune it first (train_finetune.py, `weights`)")
     if missing := [name for name in ("steps", "data") if name not in options]:
         raise ValueError(f"{path}: not that of a run of train_finetune.py, its options have no {missing[0]!r}")
     if missing := [name for name in OF_PAPER if for_paper and name not in options]:

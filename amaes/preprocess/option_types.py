@@ -34,10 +34,12 @@ def label_name(text: str) -> tuple[int, str]:
 def region(text: str) -> tuple[str, tuple[int, ...]]:
     """argparse type: VALUES:NAME."""
     values, _, name = text.partition(":")
-    numbers = re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", values.strip())
-    if not numbers or not re.search("[^0-9]", name.strip()) or not name.isprintable():
+    matches = re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", values.strip())
+    if not matches or not re.search("[^0-9]", name.strip()) or not name.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r:.60} is not VALUES:NAME, whole numbers with commas and a name")
-    return name.strip(), tuple(map(int, values.split(",")))
+    if 0 in (numbers := tuple(map(int, values.split(",")))):
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: value 0 is background, in no region")
+    return name.strip(), numbers
 
 
 def source(text: str) -> tuple[str, Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from amaes import cli
@@ -70,3 +70,17 @@ def fold_contradictions(args: argparse.Namespace) -> list[str]:
             folder = f"{args.out}/fold{number}"
             found.append(f"--overwrite --fold {args.fold}: would delete all folds; delete {folder} instead")
     return found
+
+
+def check_folds(args: argparse.Namespace, splits: Sequence[Mapping]) -> None:
+    """Refuse --fold and --patience where the folds do not have what they ask for.
+
+    Raises:
+        ValueError: no such fold, or no validation cases in any that is to be trained.
+    """
+    if args.fold != "all" and int(args.fold) >= len(splits):
+        source = args.splits_file or f"--train-cases {args.train_cases}"
+        raise ValueError(f"`fold` {args.fold}: {source} has no fold above {len(splits) - 1}")
+    chosen = splits if args.fold == "all" else [splits[int(args.fold)]]
+    if args.patience is not None and not any(split.get("validation") for split in chosen):
+        raise ValueError(f"`patience` {args.patience}: {args.splits_file} has no validation cases")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -131,6 +132,12 @@ def class_weight(text: str) -> tuple[int, float]:
     if not colon:
         raise argparse.ArgumentTypeError(f"{text!r}: expected CLASS:WEIGHT, such as 2:5")
     return cli.integer(0, 255)(number), cli.real(0, 1e6, above=True)(weight)
+
+
+def class_weights_contradictions(args: argparse.Namespace) -> list[str]:
+    """The classes that --class-weights gives more than once."""
+    counts = Counter(number for number, _ in args.class_weights or ())
+    return [f"--class-weights: class {number} is given {count} times" for number, count in counts.items() if count > 1]
 
 
 def add_augment_options(add: Callable) -> None:

@@ -65,6 +65,15 @@ def test_a_runs_record_that_is_something_else(make_run, capsys, file, content):
     assert str(folder / file) in err
 
 
+def test_a_run_of_pretraining_is_named_as_one(make_run, capsys):
+    folder = make_run("first", 0.5, [["a"]])
+    config = json.loads((folder / "config.json").read_text()) | {"task": "pretrain"}
+    (folder / "config.json").write_text(json.dumps(config))
+    status, out, err = run(capsys, folder)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert f"{folder}: a run of pretraining; fine-tune it first" in err
+
+
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [

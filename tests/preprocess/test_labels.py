@@ -98,7 +98,7 @@ def test_regions_are_kept_as_classes_of_the_store(folder, tmp_path, how):
     ("options", "said"),
     [
         (["1,7:whole"], "--regions: whole has the classes 1 7, the labels hold 1 label_1, 2 label_2, 3 label_3"),
-        (["0:nothing"], "--regions: nothing has the classes (none)"),
+        (["1:nothing", "--label-map", "1:0"], "--regions: nothing has the classes (none)"),
         (["1:all"], "--regions: 'all' is the name of a score already"),
     ],
 )
@@ -127,6 +127,7 @@ def test_names_and_regions_stay_when_the_store_grows(folder, tmp_path):
         (["--label-names", "1:a", "1:b"], "--label-names: 1 becomes both a and b"),
         (["--label-names", "1:a", "2:a"], "--label-names: two labels are called 'a'; --label-map makes them one"),
         (["--regions", "1,2:a", "3:a"], "--regions: a becomes both (1, 2) and (3,)"),
+        (["--regions", "0,2:a"], "'0,2:a': value 0 is background, in no region"),
         (["--regions", "1,:a"], "'1,:a' is not VALUES:NAME"),
         (["--label-names", "1"], "'1' is not VALUE:NAME"),
         (["--label-map", "2:1", "--label-names", "1:a", "2:b"], "--label-names 2:b and a are one label by --label-map"),

@@ -73,6 +73,8 @@ def test_a_run_that_continues_knows_its_best_and_refuses_other_folds(finetune, t
     splits.write_text(splits.read_text().replace("case03,0,test", "case03,0,train") + "case04,0,test\n")
     _, done = finetune([], "--steps 5 --class-weights 1:2 3:4", status=2)
     assert "--class-weights 3: no class of" in done.stderr
+    _, done = finetune([], "--steps 5 --fold 1", status=2)
+    assert "--fold 1: " in done.stderr and "splits.csv has no fold above 0" in done.stderr
     _, done = finetune([], "--steps 5", status=2)
     assert "fold 0: case case03 is train, was test; take another --out" in done.stderr
 
@@ -87,6 +89,7 @@ def test_a_run_that_continues_knows_its_best_and_refuses_other_folds(finetune, t
             ["--patience 2: needs validation cases", "--fold 7: accepted: all, or 0 to 5", "--transfer all: accepted"],
         ),
         ("--train-cases all --val-cases 2", ["--val-cases 2: --train-cases all leaves no case for validation"]),
+        ("--class-weights 2:1 2:3 0:1", ["--class-weights: class 2 is given 2 times"]),
         ("--class-weights 2", ["--class-weights: '2': expected CLASS:WEIGHT"]),
         ("--class-weights 2:0", ["--class-weights: '0' is not a number above 0"]),
         ("--train-cases some", ["--train-cases: 'some' is not an integer"]),
@@ -99,3 +102,14 @@ def test_contradictions_are_told_together(words, messages, capsys):
     assert error.count("\n") == 1
     for message in messages:
         assert message in error
+
+
+def test_a_run_without_test_cases_goes_on_to_predict_and_has_nothing_to_validate(tmp_path):
+    store = make_store(tmp_path / "store", labels=True)
+    ids = ["case00", "case01", "case02"]
+    (tmp_path / "all.json").write_text(json.dumps([{"train": ids, "test": []}]))
+    options = ["--data", store, "--splits", tmp_path / "all.json", "--out", tmp_path / "run", "--workers", 0, *TINY]
+    done = run("train_finetune.py", *options, "--patience", 2, status=2)
+    assert done.stderr.endswith("--patience 2: " + f"{tmp_path}/all.json has no validation cases\n")
+    done = run("train_finetune.py", *options, "--steps", 1)
+    assert done.stdout.endswith(f"next: python -m amaes.predict --weights {tmp_path}/run\n")
