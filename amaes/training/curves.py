@@ -45,8 +45,8 @@ def _draw(path: Path, title: str, lines: Sequence[Mapping]) -> None:
         for key, (label, style) in curves.items():
             steps, values = _points(lines, key)
             if steps:
-                alone = {"marker": "o"} if len(steps) == 1 else {}  # a line needs two points
-                axes.plot(steps, values, style, label=label, markersize=3, linewidth=1, **alone)
+                style = style if len(steps) > 1 else "o"  # a line needs two points
+                axes.plot(steps, values, style, label=label, markersize=3, linewidth=1)
         if name == "loss" and _points(lines, "val_baseline")[0]:  # a squared error; other losses may fall below 0
             axes.set_yscale("log")
         axes.set_ylabel(name)
