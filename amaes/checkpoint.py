@@ -157,7 +157,7 @@ def read_ours(path: Path, to_segment: bool = False) -> dict:
         ValueError: not one of this library, refused, or an entry is missing or of another type.
     """
     content = read(path)
-    if content.get("format") != FORMAT:
+    if not _is_ours(content):
         raise ValueError(f"{path}: format {content.get('format')!r}, expected {FORMAT!r}")
     _check_entries(path, content, "task")
     if to_segment and content["task"] != "segment":
@@ -236,6 +236,10 @@ def load_weights(network: nn.Module, path: Path, weights: Mapping[str, torch.Ten
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: its weights do not fit its network ({first_line(error)})") from None
+
+
+def _is_ours(content: Mapping) -> bool:
+    return isinstance(content.get("format"), str) and content["format"] == FORMAT
 
 
 # Types of a checkpoint's entries. A file can hold anything, so an entry is checked before it is used.
@@ -361,7 +365,7 @@ def import_weights(path: str | Path, arch: str | None = None) -> dict[str, torch
 
 def _import(path: Path) -> Imported:
     content = read(path)
-    if content.get("format") != FORMAT:
+    if not _is_ours(content):
         return convert(content, path, find_plan(content, path))
     _check_entries(path, content, "task", "model", "build")
     with torch.device("meta"):

@@ -160,7 +160,8 @@ def as_options(text: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return as_options(" ".join(str(error).split())) or type(error).__name__
+    text = as_options(" ".join(str(error).split())) or type(error).__name__
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # names from files can hold anything
 
 
 def output_file(text: str) -> Path:

@@ -14,6 +14,7 @@ import torch
 from amaes import checkpoint
 from amaes.models import build_autoencoder, build_segmenter
 from amaes.published import recognise, rename
+from amaes.weights import tensor_files
 
 
 def content(step=1, **more):
@@ -122,6 +123,34 @@ def test_weights_that_are_no_plain_real_numbers_are_refused(tmp_path, change, me
         checkpoint.load_weights(network, tmp_path / "odd.pt", checkpoint.read(tmp_path / "odd.pt")["model"])
     with pytest.raises(ValueError, match=message):
         checkpoint.load_encoder(network, tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("part", ["encoder.", "decoder."])
+def test_either_half_of_a_network_must_hold_real_numbers(tmp_path, kind, part):
+    network = build_segmenter("unet_tiny", num_classes=2)
+    weights = {name: w.to(kind) if name.startswith(part) else w for name, w in network.state_dict().items()}
+    torch.save(weights, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=f"weights of type {kind}, expected real numbers"):
+        checkpoint.load_encoder(network, tmp_path / "odd.pt", transfer="all")
+
+
+def test_a_tensor_that_a_file_makes_larger_than_itself_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "MAX_REPEATED_BYTES", 4000)
+
+    class Large:
+        def __reduce__(self):
+            return torch.FloatTensor, (100, 200)
+
+    torch.save({"model": {"w": torch.ones(100), "large": Large()}}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"its tensor model\.large claims \(100, 200\), the file holds less"):
+        checkpoint.read(tmp_path / "odd.pt")
+
+
+def test_names_from_a_file_never_steer_the_terminal(tmp_path):
+    torch.save({"model": {"w\x1b[2J\ud800": torch.ones(1)}}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"'model\.w\\x1b\[2J\\ud800' cannot be printed"):
+        checkpoint.read(tmp_path / "odd.pt")
 
 
 def test_no_checkpoint_is_no_error(tmp_path):

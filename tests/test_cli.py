@@ -49,3 +49,12 @@ def test_all_contradictions_are_told_at_once(parser, capsys):
     with pytest.raises(SystemExit):
         parser.refuse(["--a: needs --b", "--c: not with --d"])
     assert capsys.readouterr().err == "train.py: error: --a: needs --b; --c: not with --d\n"
+
+
+def test_an_error_with_control_characters_stays_one_plain_line(capsys):
+    def main():
+        raise ValueError("class \x1b[2Jred \ud800 größe")
+
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(main)
+    assert capsys.readouterr().err.endswith(r"error: class \x1b[2Jred \ud800 größe" + "\n")

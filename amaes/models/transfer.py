@@ -14,6 +14,7 @@ from torch import nn
 from amaes.choices import STEMS, TRANSFERS
 from amaes.models.build import ARCHITECTURES, build_encoder
 
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MIN_COVERAGE = 0.95  # of the encoder's parameters, in a file that is taken without asking
 
 Tensors = Mapping[str, torch.Tensor]
@@ -78,9 +79,10 @@ def transfer_weights(
     decoder = _decoder_weights(tensors, network.decoder, stem, where, report) if transfer == "all" else {}
     used = {f"encoder.{name}" for name in encoder} | {f"decoder.{name}" for name in decoder}
     report.ignored = [key for key in tensors if key not in used]
-    if kinds := {str(tensor.dtype) for tensor in encoder.values() if not tensor.is_floating_point()}:
-        raise ValueError(f"{where}: holds encoder weights of type {', '.join(sorted(kinds))}, expected real numbers")
-    if not all(tensor.isfinite().all() for tensor in (*encoder.values(), *decoder.values())):
+    taken = (*encoder.values(), *decoder.values())
+    if kinds := {str(tensor.dtype) for tensor in taken if tensor.dtype not in REAL}:
+        raise ValueError(f"{where}: holds weights of type {', '.join(sorted(kinds))}, expected real numbers")
+    if not all(tensor.isfinite().all() for tensor in taken):
         raise ValueError(f"{where}: holds weights that are not finite")
     if not next(network.encoder.parameters()).is_meta:  # on "meta" the question is whether the file fits
         network.encoder.load_state_dict(encoder, strict=False)

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from amaes.weights.numpy_data import NUMPY
 from amaes.weights.tensor_files import (
-    NUMPY,
+    MAX_DEPTH,
     SAFETENSORS,
     check_archive,
+    check_nesting,
     check_tensors,
     find_state_dict,
     read,
@@ -30,6 +32,7 @@ from amaes.weights.tensor_files import (
 
 _CLASS = "class_of_stand_in"  # attribute of a stand-in
 WHOLE = "state_dict"  # entry for the weights of a network that was saved whole
+MAX_PARTS = 100_000  # networks within a network
 
 
 @dataclass
@@ -71,13 +74,16 @@ def convert_weights(path: Path, out: Path, trust: bool = False) -> Converted:
         raise ValueError(f"{path}: no weights found")
     check_tensors(path, done.weights)
     others = {}
+    if weights is not content:
+        done.left_out += [f"{key} ({_class_name(value)})" for key, value in weights.items() if key not in done.weights]
     for key, value in content.items():
         if value is weights or (weights is content and key in done.weights):
             continue
         try:
+            check_nesting([value])
             others[str(key)] = _plain(value)
-        except (TypeError, RecursionError) as error:
-            done.left_out.append(f"{key} ({error or type(error).__name__})")
+        except (TypeError, ValueError) as error:
+            done.left_out.append(f"{key} ({error})")
     done.kept = list(others)
     write(out, {**others, holder: done.weights} if holder else {**others, **done.weights})
     return done
@@ -166,22 +172,29 @@ def _as_state_dict(value: object) -> object:
     if isinstance(value, nn.Module):
         return value.state_dict()
     if _is_stand_in(value):
-        with suppress(RecursionError):  # a file can contain itself
-            if found := dict(_weights_of(value, "")):
+        with suppress(ValueError):
+            if found := dict(_weights_of(value)):
                 return found
     return value
 
 
-def _weights_of(stand_in: OrderedDict, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of a network that was saved whole, of which only the attributes are there."""
-    attributes = vars(stand_in)
-    for group in ("_parameters", "_buffers"):
-        for name, value in _items(attributes.get(group)):
-            if isinstance(value, torch.Tensor):
-                yield f"{prefix}{name}", value
-    for name, child in _items(attributes.get("_modules")):
-        if isinstance(child, OrderedDict):
-            yield from _weights_of(child, f"{prefix}{name}.")
+def _weights_of(stand_in: OrderedDict) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a network that was saved whole, of which only the attributes are there; ValueError: no end to it."""
+    left, parts = [("", stand_in, 0)], 0
+    while left:
+        prefix, part, depth = left.pop()
+        parts += 1
+        if depth > MAX_DEPTH or parts > MAX_PARTS:
+            raise ValueError("a network of networks without end")
+        attributes = vars(part)
+        passing = attributes.get("_non_persistent_buffers_set")
+        passing = passing if isinstance(passing, set) else ()
+        for group in ("_parameters", "_buffers"):
+            for name, value in _items(attributes.get(group)):
+                if isinstance(value, torch.Tensor) and name not in passing:
+                    yield f"{prefix}{name}", value
+        children = [(f"{prefix}{name}.", child, depth + 1) for name, child in _items(attributes.get("_modules"))]
+        left += [child for child in reversed(children) if isinstance(child[1], OrderedDict)]
 
 
 def _items(value: object) -> Iterator[tuple[object, object]]:
@@ -205,9 +218,14 @@ def _plain(value: object) -> object:
         if isinstance(value, kind):
             return kind(value)
     if _is_stand_in(value):
-        raise TypeError(getattr(value, _CLASS))
+        raise TypeError(_class_name(value))
     if isinstance(value, Mapping):
         return {str(_plain(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, (Sequence, set, frozenset)):
         return [_plain(item) for item in value]
-    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__}")
+    raise TypeError(_class_name(value))
+
+
+def _class_name(value: object) -> str:
+    """Of an object, or of the one that a stand-in stands for."""
+    return getattr(value, _CLASS) if _is_stand_in(value) else f"{type(value).__module__}.{type(value).__qualname__}"

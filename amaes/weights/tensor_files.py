@@ -10,31 +10,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from amaes.files import first_line, written_whole
+from amaes.weights.numpy_data import NUMPY
 
 SAFETENSORS = ".safetensors"
-MAX_REPEATED_BYTES = 2**31  # that a tensor may claim by repeating what is stored once
+MAX_REPEATED_BYTES = 2**31  # that a tensor may claim by repeating what is stored once, and a file beyond its size
 # What other people's programs put around a state dict: entries of the file, and prefixes of its names (DDP, Lightning,
 # torch.compile, and networks within networks).
 HOLDERS = ("state_dict", "network_weights", "model", "model_state_dict")
 _WRAPPERS = re.compile(r"\b(module|model|base_model|network|net|_orig_mod)\.")
 _OURS = "amaes"  # entry of the metadata of a .safetensors file: JSON of what else the content held
-
-# NumPy's numbers and arrays, which older published files keep beside their tensors: plain data, no code.
-_MULTIARRAY = getattr(np, "_core", None) or np.core  # NumPy 2 renamed it
-NUMPY = [
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdSU"},
-    *(
-        (function, f"{package}.multiarray.{function.__name__}")
-        for function in (_MULTIARRAY.multiarray.scalar, _MULTIARRAY.multiarray._reconstruct)
-        for package in ("numpy.core", "numpy._core")
-    ),
-]
+MAX_DEPTH, MAX_ENTRIES = 64, 10**7  # of what a file holds; what contains itself has more
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -54,21 +42,49 @@ def read(path: Path) -> dict:
     content = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_torch(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dictionary")
+    try:
+        check_nesting(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a checkpoint ({error})") from None
     check_tensors(path, content)
     return content
 
 
+def check_nesting(content: object) -> None:
+    """Refuse dictionaries and lists that whatever goes through them would take for endless.
+
+    Raises:
+        ValueError: nested too deep, as what contains itself is, or too many entries, each counted wherever it stands.
+    """
+    entries, parts = 0, [(content, 0)]
+    while parts:
+        part, depth = parts.pop()
+        values = part.values() if isinstance(part, Mapping) else part
+        entries += len(values)
+        if depth > MAX_DEPTH or entries > MAX_ENTRIES:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else "too many entries")
+        inner = (Mapping, list, tuple, set, frozenset)
+        parts += [(value, depth + 1) for value in values if isinstance(value, inner) and value]
+
+
 def check_tensors(path: Path, content: Mapping) -> None:
-    """Refuse tensors that are not plain numbers on the CPU, or claim more of them than the file holds.
+    """Refuse tensors that are not plain numbers on the CPU, claim more of them than the file holds, or have odd names.
 
     Raises:
         ValueError: names the tensor.
     """
+    left, counted = max(path.stat().st_size, MAX_REPEATED_BYTES), set()
     for name, tensor in _tensors(content):
+        if not name.isprintable():
+            raise ValueError(f"{path}: the name of its tensor {name!a:.80} cannot be printed")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
             raise ValueError(f"{path}: its tensor {name} is {kind}, expected plain numbers")
-        if tensor.numel() * tensor.element_size() > max(tensor.untyped_storage().nbytes(), MAX_REPEATED_BYTES):
+        stored = tensor.untyped_storage()
+        if stored.data_ptr() not in counted:
+            counted.add(stored.data_ptr())
+            left -= stored.nbytes()
+        if left < 0 or tensor.numel() * tensor.element_size() > max(stored.nbytes(), MAX_REPEATED_BYTES):
             raise ValueError(f"{path}: its tensor {name} claims {tuple(tensor.shape)}, the file holds less than that")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from amaes import checkpoint, cli
 from amaes.models import build_autoencoder, build_segmenter
-from amaes.weights import __main__
+from amaes.weights import __main__, tensor_files
 from amaes.weights.convert import convert_weights
 from amaes.weights.tensor_files import read
 from tests import formula, reference
@@ -181,6 +181,43 @@ def test_a_network_that_contains_itself_ends(tmp_path):
     network._modules["again"] = network
     with pytest.raises(ValueError, match="no weights found"):
         convert_weights(saved(tmp_path, network), tmp_path / "new.pt")
+
+
+def tree(depth, width):
+    """Nested dictionaries, each of which holds the next under `width` names."""
+    content = {"w": torch.ones(2)}
+    for _ in range(depth):
+        content = dict.fromkeys("abc"[:width], content)
+    return content
+
+
+@pytest.mark.parametrize(("depth", "width", "said"), [(100, 1, "nested more than"), (30, 2, "too many entries")])
+def test_what_would_have_no_end_is_left_out(tmp_path, monkeypatch, depth, width, said):
+    monkeypatch.setattr(tensor_files, "MAX_ENTRIES", 1000)
+    path = saved(tmp_path, {"state_dict": WEIGHTS, "more": tree(depth, width)})
+    with pytest.raises(ValueError, match=rf"old\.pt: not a checkpoint \({said}"):
+        checkpoint.read(path)
+    assert said in converted(path)[0].left_out[0]
+
+
+def test_a_network_with_too_many_ways_through_it_ends(tmp_path):
+    network = nn.Sequential()
+    for _ in range(30):
+        network = nn.Sequential(network, network)
+    with pytest.raises(ValueError, match="no weights found"):
+        convert_weights(saved(tmp_path, Predictor(network)), tmp_path / "new.pt")
+
+
+def test_what_a_whole_network_would_not_save_is_not_a_weight(tmp_path):
+    network = nn.Linear(3, 2)
+    network.register_buffer("kept", torch.ones(1))
+    network.register_buffer("passing", torch.ones(1), persistent=False)
+    assert converted(saved(tmp_path, network))[0].weights.keys() == network.state_dict().keys()
+
+
+def test_an_object_among_the_weights_is_named(tmp_path):
+    done, _ = converted(saved(tmp_path, {"state_dict": {**WEIGHTS, "packed": Thing(), "n": 3}}))
+    assert done.left_out == ["packed (tests.weights.test_convert.Thing)", "n (builtins.int)"]
 
 
 def test_damaged_files_and_tensors_that_claim_too_much_are_refused(tmp_path):
