@@ -108,6 +108,7 @@ def model_card(name: str, content: Mapping, digest: str, beside: Mapping) -> str
     options = _mapping(provenance.get("options"))
     task = TASK_NAMES.get(content["task"], f"pretraining ({content['task']})")
     parameters = sum(tensor.numel() for tensor in content["model"].values())
+    names = tuple(name for name in TRAINING if name != "epochs" or options.get("steps") is None)  # --steps replaces it
     size = " x ".join(map(str, content["patch_size"]))
     build = ", ".join(f"{key} {value}" for key, value in content["build"].items() if key != "arch")
     classes = ", ".join(f"{value} {text}" for value, text in content["labels"].items())
@@ -116,7 +117,7 @@ def model_card(name: str, content: Mapping, digest: str, beside: Mapping) -> str
         ["input", f"channels {', '.join(content['channels'])}; patches of {size} voxels"],
         *([["classes", classes]] if classes else []),
         ["trained on", _trained_on(options, provenance, beside["cases"])],
-        ["training", _words(options, TRAINING) + f"; {content.get('step')} steps done"],
+        ["training", _words(options, names) + f"; {content.get('step')} steps done"],
         ["preprocessing", _words(content["preprocess"])],
         ["made with", _words(_mapping(provenance.get("versions"))) + f"; commit {provenance.get('commit')}"],
         ["SHA-256", digest],
@@ -189,7 +190,8 @@ def _loading(name: str, content: Mapping) -> list[str]:
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = cli.Parser(
-        description="Write the weights of a checkpoint without optimizer and local paths, and a model card beside them."
+        ["RUN/fold0 net.pt", "RUN/fold0/checkpoints/best.pt net.safetensors"],
+        description="Write weights without optimizer and local paths, and a model card beside them.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CKPT|RUN", help="file, fold, or run of one network")
     parser.add_argument("out", type=cli.output_file, metavar="OUT", help=f"file that ends in {' or '.join(SUFFIXES)}")

@@ -334,6 +334,8 @@ def main(args: argparse.Namespace) -> int:
     if args.checkpoint == "best" and not any(path.is_dir() for path in args.weights):
         raise ValueError("`checkpoint` best: `weights` names files; accepted with a run or a fold")
     files = [file for path in args.weights for file in checkpoint.find(path, args.checkpoint)]
+    if twice := [file for file in files if files.count(file) > 1]:
+        raise ValueError(f"`weights`: {twice[0]} is given twice, and would count twice")
     if files != args.weights:
         sys.stderr.write(f"weights: {', '.join(map(str, files))}\n")
         if len({file.name for file in files if file.parent.name == "checkpoints"}) > 1:

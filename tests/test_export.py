@@ -17,7 +17,14 @@ from tests.conftest import make_volume
 from tests.test_predict import SCAN, save_checkpoint
 from tests.test_predict import run as predict
 
-OPTIONS = {"data": "/data/me/stores/brains", "out": "C:\\runs\\a", "weights": "pre/step-9.pt", "lr": 1e-4, "steps": 3}
+OPTIONS = {
+    "data": "/data/me/stores/brains",
+    "out": "C:\\runs\\a",
+    "weights": "pre/step-9.pt",
+    "lr": 1e-4,
+    "steps": 3,
+    "epochs": 9,
+}
 PROVENANCE = {"options": OPTIONS | {"pretrain_data": ["/data/x/", "/data/y"]}, "store": "abc", "commit": "123"}
 
 
@@ -97,6 +104,7 @@ def test_the_card_tells_what_the_network_is_and_what_it_scored(fold, tmp_path, c
     ):
         assert part in card, card
     assert "50.00" not in card  # of other weights
+    assert "epochs" not in card  # --steps replaces them
     (fold / "config.json").write_text(json.dumps({"train": ["a", "b"], "test": []}))
     run(capsys, fold, tmp_path / "all.pt")
     card = (tmp_path / "all.md").read_text()

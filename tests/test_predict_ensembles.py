@@ -79,6 +79,8 @@ def test_the_best_checkpoint_is_one_of_a_run(nifti_file, tmp_path, capsys):
     given = shutil.copy(file, tmp_path / "given.pt")  # an exported file has no step in its name
     both = f"weights: {file}, {given}\n"
     assert run(capsys, "--weights", tmp_path / "run", given, *options[:-2])[::2] == (0, both)
+    status, _, err = run(capsys, "--weights", tmp_path / "run", tmp_path / "run" / "fold0", *options)
+    assert (status, err.split(": error: ")[1]) == (2, f"--weights: {best} is given twice, and would count twice\n")
     status, _, err = run(capsys, "--weights", file, *options)
     assert (status, len(err.splitlines())) == (2, 1)
     assert "--checkpoint best: --weights names files" in err
