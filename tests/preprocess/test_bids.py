@@ -123,6 +123,12 @@ def test_masks_of_derivatives_are_matched_by_entities(tree):
     assert chosen.items[-1].label.name == "sub-02_ses-1_desc-b_label-lesion_mask.nii.gz"
 
 
+def test_masks_of_derivatives_without_a_name_are_told_how(tree):
+    folder = tree(*anat(1, "T1w"), *anat(1, "label-lesion_mask", folder="derivatives/x/"))
+    with pytest.raises(ValueError, match="no label matches an image by name: .*; `label_name`, such as label-lesion"):
+        collect(folder, folder / "derivatives")
+
+
 def test_labels_of_another_tree_with_a_name_of_their_own(tree):
     images = tree("a", "p/b", "p/c", root="i")
     labels = tree("a_seg", "p/b-seg", "p/other", root="l")
