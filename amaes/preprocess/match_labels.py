@@ -45,7 +45,7 @@ def match_by_id(items: list[Item], label_files: Mapping[str, Path], labels: Path
     if not any(item.id in label_files for item in items):
         first = next(iter(label_files))
         text = f"no label matches an image by name: labels such as {first!r}, images such as {items[0].id!r}"
-        if items[0].files[0].name.startswith("sub-"):
+        if Path(items[0].files[0]).name.startswith("sub-"):
             text += "; `label_name`, such as label-lesion_mask, matches by the parts of BIDS names"
         raise ValueError(f"`labels` {labels}: {text}")
     if unused := sorted(set(label_files) - {item.id for item in items}):
