@@ -147,9 +147,9 @@ def hold(folder: Path, message: str, *, name: str, shared: bool = False) -> Bina
         raise ValueError(f"{folder}: {message}" + (f" ({holder})" if holder.isprintable() and holder else "")) from None
     except OSError:  # no locks on this file system
         pass
+    file.truncate(0)  # who held it before has nothing to do with who holds it now
     if not shared:
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()} since {since}".encode())
         file.flush()
     return file
@@ -196,6 +196,14 @@ def read_json(path: str | Path) -> object:
         ValueError: not JSON; names the file.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # RecursionError: nested thousands deep
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({first_line(error)})") from None
+
+
+def parse_json(text: str) -> object:
+    """What a text of JSON says; ValueError where it is none, or is nested thousands deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None

@@ -1,5 +1,6 @@
 """Files that mean harm: stores, checkpoints and scans, none of which may run, write elsewhere or fill memory."""
 
+import argparse
 import gzip
 import io
 import json
@@ -20,6 +21,9 @@ from amaes.data.patches import Patches
 from amaes.data.splits import saved_split
 from amaes.data.store import Store
 from amaes.preprocess import nifti
+from amaes.preprocess.dataset_json import read_dataset_json
+from amaes.preprocess.earlier_cases import read_index
+from amaes.training.earlier import options_of_earlier_runs
 from tests.conftest import SHAPE, save_nifti
 from tests.stores import make_store
 
@@ -108,6 +112,13 @@ def test_json_that_is_none_is_refused_with_one_line(store, text):
     (store.path / "splits.json").write_bytes(text)
     with pytest.raises(ValueError, match=r"splits\.json: not JSON"):
         saved_split(store, "a", dict)
+    with pytest.raises(ValueError, match=r"dataset\.json: not "):
+        read_index(store.path)
+    with pytest.raises(ValueError, match=r"dataset\.json: not "):
+        read_dataset_json(store.path, for_network=False)
+    (store.path / "config.json").write_bytes(text)
+    arguments = argparse.Namespace(overwrite=False, resume="auto", out=store.path)
+    assert options_of_earlier_runs(arguments) == {}
 
 
 @pytest.mark.parametrize(

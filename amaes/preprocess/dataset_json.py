@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from amaes.files import read_json
 from amaes.preprocess.config import STORE_FORMAT
 
 
@@ -63,7 +63,7 @@ def read_dataset_json(images: Path, for_network: bool) -> DatasetJson:
     if path is None:
         return DatasetJson()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content, dict):
             raise ValueError(f"expected an object, found {type(content).__name__}")
         if content.get("format") == STORE_FORMAT:

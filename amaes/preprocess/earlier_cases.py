@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from amaes.files import read_json
 from amaes.preprocess.case_record import check_record
 from amaes.preprocess.config import PLACEHOLDER, STORE_FORMAT, Config
 from amaes.preprocess.file_names import fault_of_id, shorten
@@ -111,7 +111,7 @@ def read_index(store: Path) -> dict | None:
     if not index.is_file():
         return None
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index)
         is_store = content["format"] == STORE_FORMAT and isinstance(content["channels"], list)
         is_store = is_store and not any(fault_of_id(case["id"]) for case in content["cases"])
         Config.from_dict(content["config"])
@@ -146,7 +146,7 @@ def changed_inputs(store: Path, items: Sequence[Item], listed: frozenset[str]) -
         if item.id not in listed or item.problem is not None:
             continue
         try:
-            record = json.loads(case_files(store, item.id)[2].read_text(encoding="utf-8"))
+            record = read_json(case_files(store, item.id)[2])
             check_record(case_files(store, item.id)[2], record, ("source_stamps",))
             before = [stamp and (str(stamp[0]), *stamp[1:3]) for stamp in record["source_stamps"]]
         except (OSError, ValueError, TypeError):  # damaged: done again

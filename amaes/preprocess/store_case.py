@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amaes.files import is_disk_full, written_whole
+from amaes.files import is_disk_full, read_json, written_whole
 from amaes.preprocess.case import PreprocessedCase, preprocess_case
 from amaes.preprocess.case_record import check_record
 from amaes.preprocess.config import IGNORED
@@ -106,7 +106,7 @@ def _check_same_content(store: Path, item: Item, case: PreprocessedCase) -> None
     """
     _, label, record = case_files(store, item.id)
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = read_json(record)
         made_with = before["config_hash"], before["channels"]
         digests = before["channel_sha256"]
         stored = np.load(label, allow_pickle=False) if label.is_file() else None
@@ -141,7 +141,7 @@ def _properties_if_done(store: Path, item: Item, config: Config, channels: Seque
     """The properties of a case that is complete and made from these files with these settings, else None."""
     image, label, record = case_files(store, item.id)
     try:
-        properties = json.loads(record.read_text(encoding="utf-8"))
+        properties = read_json(record)
         expected = (config.hash(), list(channels), stamps)
         if (properties["config_hash"], properties["channels"], properties["source_stamps"]) != expected:
             return None

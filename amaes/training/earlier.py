@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
+
+from amaes.files import read_json
 
 EARLIER = {  # what training did before there was the option
     "target": "absolute",
@@ -20,7 +21,7 @@ def options_of_earlier_runs(args: argparse.Namespace) -> dict:
     if args.overwrite or args.resume == "never":
         return {}
     try:
-        recorded = json.loads((args.out / "config.json").read_text())["options"]
+        recorded = read_json(args.out / "config.json")["options"]
         return {name: value for name, value in EARLIER.items() if name not in recorded}
     except (OSError, ValueError, KeyError, TypeError):  # no run; what else is there, the run folder says
         return {}

@@ -25,7 +25,7 @@ from torch import nn
 import amaes
 from amaes import checkpoint, distributed, hardware
 from amaes.data.splits import first_difference
-from amaes.files import hold, write_json, write_text
+from amaes.files import hold, parse_json, read_json, write_json, write_text
 from amaes.training.earlier import with_later_options
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def _read_config(path: Path, kind: str) -> dict | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except ValueError:
         config = None
     if not isinstance(config, dict) or config.get("format") != RUN_FORMAT:
@@ -380,9 +380,9 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         kept, self.validated, self.skipped = [], None, 0
         if path.is_file():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    entry = json.loads(line)
+                    entry = parse_json(line)
                 except ValueError:  # a line cut short when the run was killed
                     continue
                 at = entry.get("step") if isinstance(entry, dict) else None

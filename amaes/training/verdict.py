@@ -3,7 +3,6 @@ Dice on its own patches."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from amaes import distributed
+from amaes.files import parse_json
 
 ENOUGH_VOLUMES = 5  # of validation: below, one unusual scan decides
 CLEARLY = 0.95  # share of the trivial prediction's loss, above which a network has hardly learned
@@ -122,9 +122,9 @@ def _advice(options: Mapping[str, object]) -> str:
 def metrics_lines(path: Path) -> list[dict]:
     """The sound lines of metrics.jsonl."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:  # cut short when a run was killed
             continue
         if isinstance(line, dict):

@@ -8,6 +8,7 @@ import torch
 
 from amaes import hardware
 from amaes.distributed import Ranks
+from amaes.files import hold
 from amaes.training.run_folder import LOCK, MetricsFile, RunFolder
 
 
@@ -128,7 +129,9 @@ def test_metrics_after_the_step_are_dropped_with_a_line_cut_short(tmp_path):
 def test_foreign_lines_of_the_metrics_are_dropped_and_skipped_steps_counted(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = ["null", "7", "[]", "{}", '{"step": "2"}', '{"step": null}', '{"step": true}', '{"step": 2.5}', "x"]
-    path.write_text("\n".join([*lines, '{"step": 4, "skipped_steps": 3}', '{"step": 8, "skipped_steps": 5}', ""]))
+    lines += ["[" * 100_000, '{"step": 1, "x": "\udcff"']  # nested without end, and not UTF-8
+    text = "\n".join([*lines, '{"step": 4, "skipped_steps": 3}', '{"step": 8, "skipped_steps": 5}', ""])
+    path.write_bytes(text.encode(errors="surrogateescape"))
     assert MetricsFile(path, step=4).skipped == 3
     assert path.read_text() == '{"step": 4, "skipped_steps": 3}\n'
 
@@ -190,6 +193,17 @@ def test_a_second_training_process_is_told_who_trains_in_the_folder(tmp_path, el
     other.kill()
     other.wait()
     run.open({}, 1, **options)  # a holder that died is in nobody's way
+
+
+def test_who_held_a_folder_before_is_not_named(tmp_path):
+    hold(tmp_path, "busy", name=LOCK).close()
+    shared = hold(tmp_path, "busy", name=LOCK, shared=True)
+    code = (
+        "import sys, pathlib; from amaes.files import hold; hold(pathlib.Path(sys.argv[1]), 'busy', name=sys.argv[2])"
+    )
+    second = subprocess.run([sys.executable, "-c", code, tmp_path, LOCK], capture_output=True, text=True, check=False)
+    assert second.stderr.endswith(f"ValueError: {tmp_path}: busy\n")
+    shared.close()
 
 
 OTHER_TYPES = [None, 7, [], "x", True]
