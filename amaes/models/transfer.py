@@ -75,6 +75,7 @@ def transfer_weights(
         if value not in accepted:
             raise ValueError(f"`{parameter}` {value!r} is unknown; accepted: {', '.join(accepted)}")
     report = Transfer(source, notes=_check_variant(where, variant, network.encoder))
+    report.notes += _note_on_strides(tensors)
     encoder = _encoder_weights(tensors, network.encoder, stem, allow_partial, where, report)
     decoder = _decoder_weights(tensors, network.decoder, stem, where, report) if transfer == "all" else {}
     used = {f"encoder.{name}" for name in encoder} | {f"decoder.{name}" for name in decoder}
@@ -103,6 +104,14 @@ def _check_variant(where: object, variant: Mapping[str, str | None], encoder: nn
                 f"{where}: made with `{option}` {made_with}, the network has {value}; take `{option}` {made_with}"
             )
     return notes
+
+
+def _note_on_strides(tensors: Tensors) -> list[str]:
+    """Strides do not show in the shapes of an encoder; those of the decoder that it was trained with tell them."""
+    kernels = [tuple(w.shape[2:]) for name, w in tensors.items() if name.startswith("decoder.ups.") and w.dim() == 5]
+    odd = sorted({"x".join(map(str, kernel)) for kernel in kernels if len(set(kernel)) > 1})
+    text = "WARNING: trained with strides of {}, the network's are the same along all axes; what it learned may not fit"
+    return [text.format(", ".join(odd))] if odd else []
 
 
 def _encoder_weights(

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from amaes.files import read_json
+from amaes.files import parse_json
 from amaes.preprocess.config import STORE_FORMAT
 
 
@@ -63,7 +63,7 @@ def read_dataset_json(images: Path, for_network: bool) -> DatasetJson:
     if path is None:
         return DatasetJson()
     try:
-        content = read_json(path)
+        content = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"expected an object, found {type(content).__name__}")
         if content.get("format") == STORE_FORMAT:
@@ -86,7 +86,7 @@ def read_dataset_json(images: Path, for_network: bool) -> DatasetJson:
 def _channel_names(names: object) -> list[str]:
     """{"0": "T1", ...}, or what some data sets write instead: ["T1", ...] or "T1"."""
     if isinstance(names, dict):
-        return [str(names[key]) for key in sorted(names, key=int)]
+        names = [names[key] for key in sorted(names, key=int)]
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"expected names of channels, found {names!r}")
@@ -99,6 +99,8 @@ def _classes(labels: object) -> dict[int, str]:
     A list of names counts from 0. A value may be written as text, "1".
     """
     if isinstance(labels, list):
+        if not all(isinstance(name, str) for name in labels):
+            raise ValueError(f"expected a list of names of labels, found {labels!r:.80}")
         labels = {str(value): name for value, name in enumerate(labels)}
     if not isinstance(labels, dict):
         raise ValueError(f"expected labels as names and values, found {labels!r:.80}")
@@ -147,7 +149,7 @@ def _cases(listed: object, root: Path, channels: int) -> dict[str, tuple[tuple[P
         if (
             not isinstance(images, list)
             or not images
-            or not all(isinstance(file, str) for file in [*images, label or ""])
+            or not all(isinstance(file, str) and "\0" not in file for file in [*images, label or ""])
         ):
             raise ValueError(f"the case {name!r:.80} of 'dataset' is {entry!r:.160}, expected its images and label")
         channels = channels or len(images)

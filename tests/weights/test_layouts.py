@@ -125,6 +125,15 @@ def test_a_decoder_comes_along(tmp_path, layout):
     assert "the file's, except" in report.decoder  # heads of other classes
 
 
+def test_other_strides_of_the_same_shapes_are_told(tmp_path):
+    shapes = {
+        key: (*shape[:2], 1, *shape[3:]) if ".transpconvs.4.weight" in key else shape
+        for key, shape in keys("dna_resenc_s").items()
+    }
+    report = checkpoint.load_encoder(network("resenc_s"), saved(tmp_path, {"network_weights": tensors(shapes)}))
+    assert "WARNING: trained with strides of 1x2x2" in report.table()
+
+
 def test_a_plan_beside_the_file_is_taken(tmp_path):
     (tmp_path / "adaptation_plan.json").write_text(
         json.dumps(PLAN | {"key_to_encoder": "ssl.enc", "key_to_stem": None})
