@@ -100,3 +100,11 @@ def bad_files(tmp_path):
     save_nifti(folder / "constant_foreground.nii.gz", (good > 500).astype(np.float32))
     save_nifti(folder / "degenerate_range.nii.gz", tiny)
     return {path.name.split(".")[0]: path for path in sorted(folder.iterdir())}
+
+
+LONGEST = ("tests/training/test_faults.py", "tests/training/test_train.py", "tests/test_benchmarks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: where two processes share the tests, neither is left with one of them at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
