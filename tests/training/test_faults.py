@@ -80,7 +80,7 @@ def test_torchrun_restarts_ranks_after_one_was_killed(store, two_ranks, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_all_processes_saves_and_the_same_command_continues(store, two_ranks, tmp_path, number):
     out = tmp_path / "run"
-    with_workers = options(store, out, **{"--workers": 2})
+    with_workers = options(store, out, **{"--workers": 1})
     argv = torchrun("--standalone", "--nproc_per_node=2", "train_pretrain.py", *with_workers)
     process = launched(argv)
     wait_for(out / "checkpoints" / "step-2.pt", process)
