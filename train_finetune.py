@@ -224,6 +224,7 @@ def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distribute
             progress.check_finite()
             folder.save(step, network, optimizer)
             stop.saved()
+    batches.close()  # ends the workers
     progress.close()
     if stop.agreed:
         raise KeyboardInterrupt(f"saved at step {step}; the same command continues")

@@ -264,6 +264,7 @@ def train(args, run: Run, ranks, folder: RunFolder, network: nn.Module, model: C
             progress.check_finite()
             folder.save(step, network, optimizer)
             stop.saved()
+    batches.close()  # ends the workers
     progress.close()
     if step < run.steps or (run.validates_after(step) and progress.validated != step):
         raise KeyboardInterrupt(f"saved at step {step}; the same command continues")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -60,7 +60,7 @@ def loader(patches: Patches, batches: Batches | Sequence, workers: int, pin_memo
 
 def training_batches(
     patches: Patches, order: Batches, *, workers: int, ranks: Ranks, log: Callable[[str], None] = lambda line: None
-) -> Iterator[dict]:
+) -> Generator[dict, None, None]:
     """The batches of a training run (`loader`); the log is told what may go wrong with them.
 
     Args:
