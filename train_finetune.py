@@ -113,9 +113,8 @@ def main(args: argparse.Namespace) -> int:
     compiler, compiled = hardware.compiler(ranks.device, args.compile, ops.are_fused(ranks.device))
     augment_options = {"window": args.window, **dict(args.augment_options)}
     augment = FinetuneAugment(args.patch_size, args.augment, args.seed, **augment_options)
-    head = {"decoder": args.decoder, "deep_supervision": args.deep_supervision}
-    head |= {"foreground": args.foreground, "class_weights": dict(args.class_weights or ())}
-    objective = SupervisedSegmentation(augment, **head)
+    head = {"decoder": args.decoder, "deep_supervision": args.deep_supervision, "foreground": args.foreground}
+    objective = SupervisedSegmentation(augment, **head, class_weights=dict(args.class_weights or ()))
 
     # Data and network
     args.data = str(Path(args.data).absolute())  # so that config.json finds it from any working folder
@@ -166,21 +165,11 @@ def main(args: argparse.Namespace) -> int:
 def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distributed.Ranks, log: Callable) -> None:
     """Train on split["train"] from the start, or from the newest checkpoint in the fold's folder, to the last step."""
     objective, store, share, stop = run.objective, run.store, run.share, run.stop
-    torch.manual_seed(args.seed)  # the decoder starts the same from scratch and with weights
-    network = build_network("segment", folder.build, args.checkpoint_activations)
-    if args.weights != SCRATCH:
-        taken = checkpoint.load_encoder(network, Path(args.weights), args.stem, args.allow_partial, args.transfer)
-        log(f"encoder from {args.weights}:\n{taken.table()}")
-    network.to(ranks.device)
-    warmup = {"warmup": round(args.warmup * args.steps), "decoder_warmup": args.decoder_warmup}
-    rates = FinetuneRates(args.lr, args.steps, **warmup, encoder=args.encoder_lr, freeze=args.freeze)
-    optimizer = build_optimizer(rates.groups(network), args.lr, args.weight_decay, args.amsgrad)
+    network, rates, optimizer = network_to_train(args, folder.build, ranks.device, log)
     if ranks.is_main:
         write_json(folder.path / "config.json", split)
     step = folder.load_newest(network, optimizer, log)
     model = distributed.wrap(network, ranks, run.compiler)
-    count = sum(p.numel() for p in network.parameters())
-    log(f"{args.arch}, {args.decoder} decoder, {count:,} parameters{rates.remark()}")
 
     train = [store.index(id) for id in split["train"]]
     spare = train if args.on_bad_case == "skip" else None
@@ -196,7 +185,6 @@ def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distribute
     if validation.due(step):  # cut short when the run was stopped
         validation.measure(step, network, progress, stop)
     stop.saved()
-    network.train()
     while step < args.steps and not (stop.agreed or validation.exhausted):
         clock.start()  # what comes between steps does not count
         lr = rates.set(optimizer, step)
@@ -234,6 +222,22 @@ def train_fold(args, run: Run, folder: RunFolder, split: dict, ranks: distribute
         if best := validation.summary():
             log(best)
         log(verdict.of_finetuning(folder.path / "metrics.jsonl", {0: "background"} | store.labels))
+
+
+def network_to_train(args, build: dict, device: torch.device, log: Callable) -> tuple:
+    """The network with the weights it begins with, its learning rates over the run, and its optimizer."""
+    torch.manual_seed(args.seed)  # the decoder starts the same from scratch and with weights
+    network = build_network("segment", build, args.checkpoint_activations)
+    if args.weights != SCRATCH:
+        taken = checkpoint.load_encoder(network, Path(args.weights), args.stem, args.allow_partial, args.transfer)
+        log(f"encoder from {args.weights}:\n{taken.table()}")
+    network.to(device)
+    warmup = {"warmup": round(args.warmup * args.steps), "decoder_warmup": args.decoder_warmup}
+    rates = FinetuneRates(args.lr, args.steps, **warmup, encoder=args.encoder_lr, freeze=args.freeze)
+    optimizer = build_optimizer(rates.groups(network), args.lr, args.weight_decay, args.amsgrad)
+    count = sum(p.numel() for p in network.parameters())
+    log(f"{args.arch}, {args.decoder} decoder, {count:,} parameters{rates.remark()}")
+    return network, rates, optimizer
 
 
 def splits_of(store: Store, args: argparse.Namespace, log: Callable) -> list[dict[str, list[str]]]:

@@ -150,6 +150,21 @@ def main(args: argparse.Namespace) -> int:
     head = f"{args.decoder} decoder" if args.decoder else f"{args.reconstruction_head} head"
     log(f"{args.arch}, {head}, {sum(p.numel() for p in network.parameters()):,} parameters")
     log(f"{compiled}, {ops.describe(ranks.device)}")
+    log_start(args, run, log)
+
+    model = distributed.wrap(network, ranks, compiler)
+    with hardware.out_of_memory_explained(ranks.device, accumulate, args.patch_size, run.share.of_rank):
+        if args.benchmark:
+            measure(args, run, ranks, on_meta, model, optimizer, log)
+        else:
+            train(args, run, ranks, folder, network, model, optimizer, log)
+    distributed.shutdown()
+    return cli.EXIT_OK
+
+
+def log_start(args: argparse.Namespace, run: Run, log: Callable) -> None:
+    """What a user should know of the options and the data before the first step."""
+    objective, data = run.objective, run.data
     if published := remark(vars(args)):
         log(published)
     log(f"{args.objective}: {len(data.train)} volumes to train on, {len(data.validation)} to validate on")
@@ -160,15 +175,6 @@ def main(args: argparse.Namespace) -> int:
         log(f"WARNING: {few}")
     if objective.views > 1 and run.share.of_micro_step < 2:
         log("WARNING: one patch per rank and micro-step: the contrastive loss is 0, there is nothing to tell it from")
-
-    model = distributed.wrap(network, ranks, compiler)
-    with hardware.out_of_memory_explained(ranks.device, accumulate, args.patch_size, run.share.of_rank):
-        if args.benchmark:
-            measure(args, run, ranks, on_meta, model, optimizer, log)
-        else:
-            train(args, run, ranks, folder, network, model, optimizer, log)
-    distributed.shutdown()
-    return cli.EXIT_OK
 
 
 def check(args: argparse.Namespace, ranks: distributed.Ranks) -> tuple[Objective, dict]:

@@ -182,7 +182,6 @@ def load_segmenter(path: str | Path, device: torch.device | str = "cpu") -> tupl
     """
     path = find_one(path)
     content = read_ours(path, to_segment=True)
-    _check_input(path, content)
     if "num_classes" not in content["build"]:
         raise ValueError(f"{path}: its 'build' does not say how many classes there are (num_classes)")
     network = _rebuild(path, content)

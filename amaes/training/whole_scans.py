@@ -73,6 +73,7 @@ class BestOnValidation:
         if mean is None:
             stop.agreed = True
             return
+        mean = float(f"{mean:.6g}")  # as metrics.jsonl will have it, so that a run that continues decides alike
         better = self._count(step, mean)
         if better:
             folder.save_best(step, network, mean)

@@ -12,6 +12,7 @@ from amaes import cli
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked: OUT is not there yet."""
     description = "Write the weights of a file, and plain data beside them, as a file without code."
     examples = ["model_final.model weights.pt", "old.ckpt weights.safetensors"]
     parser = cli.Parser(description=description, examples=examples)
@@ -26,6 +27,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Write OUT; say what it holds, what was left out, and which network it fits."""
     from amaes.models.transfer import fitting_architectures
     from amaes.published import convert
     from amaes.weights.convert import convert_weights

@@ -209,9 +209,7 @@ def norm_act(
 
 
 @norm_act.register_fake
-def _(
-    rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, slope: float, keep_input: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(rows, scale, shift, eps, slope, keep_input):
     return torch.empty_like(rows), rows.new_empty((rows.shape[0], 2, rows.shape[-1]), dtype=torch.float32)
 
 
@@ -242,15 +240,7 @@ def gradients(
 
 
 @gradients.register_fake
-def _(
-    kept: torch.Tensor,
-    grad: torch.Tensor,
-    stats: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    slope: float,
-    inverse: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(kept, grad, stats, scale, shift, slope, inverse):
     return torch.empty_like(kept), torch.empty_like(scale), torch.empty_like(shift)
 
 
