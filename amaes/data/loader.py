@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
@@ -78,7 +80,15 @@ def training_batches(
     micro_step_bytes = order.share.of_micro_step * patches.sample_bytes()
     if line := hardware.check_shared_memory(workers, micro_step_bytes, local_world=ranks.local_world):
         log(line)
-    return loader(patches, order, workers, pin_memory=ranks.device.type == "cuda")
+    batches = loader(patches, order, workers, pin_memory=ranks.device.type == "cuda")
+    # At exit an error may still hold the batches; multiprocessing would wait for their workers for half a minute.
+    atexit.register(_end, weakref.ref(batches))
+    return batches
+
+
+def _end(batches: weakref.ref[Generator]) -> None:
+    if (generator := batches()) is not None:
+        generator.close()
 
 
 def _noting(batches: Iterable, asked: deque) -> Iterator[list[tuple[int, int]]]:

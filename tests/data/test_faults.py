@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from amaes.data import loader as loader_module
-from amaes.data.loader import loader
+from amaes.data.loader import loader, training_batches
 from amaes.data.order import Batches, Share
 from amaes.data.patches import BAD_IN_A_ROW, Patches
 from amaes.data.store import Store
 from amaes.data.workers import Watch
+from amaes.distributed import Ranks
 from tests.stores import SHAPES, make_store
 
 ROOT = Path(__file__).parent.parent.parent
@@ -284,6 +285,19 @@ def test_a_worker_that_dies_is_told_with_what_it_read_and_what_helps(store, kind
     for part in ("GB of memory", "GB of /dev/shm", "fewer `workers` or 0", "--shm-size=8g", "--ipc=host"):
         assert part in text
     assert "\n" not in text
+
+
+def test_workers_end_at_exit_although_their_batches_are_held(store, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(loader_module.atexit, "register", lambda function, *given: at_exit.append((function, given)))
+    order = Batches([0, 1, 2], Share(1, 1, 0, 1), seed=0, start=0, stop=3)
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    batches = training_batches(patches_of(store), order, workers=1, ranks=ranks)
+    next(batches)
+    assert multiprocessing.active_children()
+    ((function, given),) = at_exit
+    function(*given)
+    assert not multiprocessing.active_children()
 
 
 def test_a_worker_that_was_gone_before_it_was_seen_is_told_too():

@@ -64,10 +64,13 @@ def test_the_best_network_is_kept_and_a_fold_without_progress_ends(finetune):
 
 
 def test_a_run_that_continues_knows_its_best_and_refuses_other_folds(finetune, tmp_path):
-    fold, _ = finetune([0.5, 0.25], "--steps 5 --val-every 3 --save-every 4")  # the last step is validated, too
+    fold, _ = finetune([1 / 3, 0.25], "--steps 5 --val-every 3 --save-every 4")  # the last step is validated, too
     (fold / "checkpoints" / "step-5.pt").unlink()  # as if it had been killed before
-    finetune([0.375], "--steps 5 --val-every 3 --save-every 4")
-    assert [(line["step"], line["val_dice"]) for line in lines(fold) if "val_dice" in line] == [(3, 0.5), (5, 0.375)]
+    finetune([1 / 3], "--steps 5 --val-every 3 --save-every 4")  # as good as the best, not better
+    assert [(line["step"], line["val_dice"]) for line in lines(fold) if "val_dice" in line] == [
+        (3, 0.333333),
+        (5, 0.333333),
+    ]
     assert checkpoint.read(fold / "checkpoints" / "best.pt")["step"] == 3
     splits = tmp_path / "splits.csv"
     splits.write_text(splits.read_text().replace("case03,0,test", "case03,0,train") + "case04,0,test\n")
