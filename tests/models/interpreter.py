@@ -47,3 +47,15 @@ def interpreted() -> Iterator[None]:
 def takes_kernels(x: torch.Tensor) -> bool:
     """In place of `dispatch.use_triton`: wherever the number type allows."""
     return dispatch.compute_dtype(x) in dispatch.KERNEL_DTYPES
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_chosen(monkeypatch):
+    monkeypatch.setattr(dispatch, "use_triton", takes_kernels)
+    with interpreted():
+        yield
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)

@@ -1,0 +1,140 @@
+"""Whole networks by Triton kernels, and the choice of kernels."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from amaes.models import LightDecoder, MedNeXt, Network, ResEnc, UNet, UNetDecoder, ops
+from amaes.models.ops import dispatch
+from amaes.models.resenc import ResEncDecoder
+from tests.models.interpreter import DEVICE, kernels_are_chosen, need_triton, randn, takes_kernels  # noqa: F401
+
+need_triton()
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # of Triton's interpreter
+DEPTHWISE = sys.modules["amaes.models.ops.depthwise"]  # `ops.depthwise` is the function
+
+
+def network(family):
+    torch.manual_seed(0)
+    if family in ("unet", "light"):
+        encoder = UNet(2 if family == "light" else 1, 4)
+        encoder.stages, encoder.channels, encoder.strides = encoder.stages[:3], (4, 8, 16), (1, 2, 4)
+        build = LightDecoder if family == "light" else UNetDecoder
+    elif family == "resenc":
+        encoder, build = ResEnc(1, (4, 6, 8), (1, 2, 1)), ResEncDecoder
+    else:
+        encoder = MedNeXt(1, 4, (1, 1), (2, 2), grn="mean" if family == "mednext_v2" else None)
+        build = encoder.decoders["mednext"]
+    decoder = build(encoder.channels, encoder.strides, 2)
+    net = Network(encoder, decoder, 2 if family == "light" else 1).to(DEVICE)
+    with torch.no_grad():
+        for parameter in net.parameters():  # as after training: no zeros, no ones
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net, randn(1, net.in_channels, *((2, 2, 4) if "mednext" in family else (4, 8, 12)))
+
+
+FAMILIES = ("unet", "light", "resenc", "mednext_v2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_networks_by_kernels_are_the_networks(family, monkeypatch):
+    net, x = network(family)
+    results = []
+    for way in (takes_kernels, lambda x: False):
+        monkeypatch.setattr(dispatch, "use_triton", way)
+        net.zero_grad()
+        y = net(x)
+        (y * randn(*y.shape, seed=9)).sum().backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters() if p.requires_grad)])
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).abs().max() <= 1e-4 * max(1, plain.abs().max())
+
+
+class Layouts(TorchDispatchMode):
+    """Copies of 5-dimensional tensors of a batch of 2 from one memory layout to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() == 5 and len(out) == 2:
+            sources = [tensor for tensor in args if isinstance(tensor, torch.Tensor) and tensor.shape == out.shape]
+            if any(is_dense(tensor) and tensor.stride() != out.stride() for tensor in sources) and is_dense(out):
+                self.copies.append((function, *(tensor.stride() for tensor in (*sources, out))))
+        return out
+
+
+def is_dense(tensor):
+    return tensor.is_contiguous() or tensor.movedim(1, -1).is_contiguous()
+
+
+def test_mednext_by_kernels_copies_nothing_into_another_layout():
+    net, _ = network("mednext")
+    image = randn(2, 1, 2, 2, 4)
+    with Layouts() as layouts:
+        features = net.encoder(image)
+        y = net.decoder.stage(0, features[1], features[0])  # the head is PyTorch's convolution, which chooses itself
+        y.backward(torch.ones_like(y))
+    assert layouts.copies == []
+    assert y.movedim(1, -1).is_contiguous()
+
+
+def test_networks_by_kernels_are_one_graph_of_the_same_numbers():
+    net, x = network("light")
+    results = []
+    for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        net.zero_grad()
+        y = run(x)
+        (y * randn(*y.shape, seed=9)).sum().backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters())])
+    torch.compiler.reset()
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).abs().max() <= 1e-4 * max(1, plain.abs().max())
+
+
+def test_kernels_pass_their_own_test():
+    assert dispatch.kernels_fault(DEVICE) is None
+
+
+def test_kernels_with_wrong_numbers_are_named(monkeypatch):
+    self_test = sys.modules["amaes.models.ops.kernels.self_test"]
+    monkeypatch.setattr(self_test, "triton_depthwise", lambda x, *others: 1.01 * DEPTHWISE._plain(x, *others))
+    assert dispatch.kernels_fault(DEVICE) == "wrong numbers of depthwise (same), depthwise (down), depthwise (up)"
+
+
+def test_kernels_that_do_not_compile_are_a_reason_not_a_crash(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no C compiler\nmore")
+
+    self_test = sys.modules["amaes.models.ops.kernels.self_test"]
+    monkeypatch.setattr(self_test, "triton_depthwise", broken)
+    assert dispatch.kernels_fault(DEVICE) == "RuntimeError: no C compiler"
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [(None, "operations in Triton"), ("no luck", "operations of PyTorch (no Triton kernels: no luck)")],
+)
+def test_the_log_says_which_kernels_a_gpu_has(monkeypatch, fault, line):
+    monkeypatch.setattr(dispatch, "_faults", {0: fault})
+    assert ops.describe(torch.device("cuda", 0)) == line
+    assert ops.are_fused(torch.device("cuda", 0)) == (fault is None)
+    assert ops.describe(torch.device("cpu")) == "operations of the CPU"
+    assert not ops.are_fused(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "the GPU's compute capability is below 8.0"), ((8, 0), "")]
+)
+def test_kernels_need_a_gpu_with_bfloat16(monkeypatch, capability, reason):
+    monkeypatch.setattr(dispatch, "_faults", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "kernels_fault", lambda device: "")
+    assert dispatch.triton_fault(0) == reason
+    assert dispatch._faults == {0: reason}  # not tested again
