@@ -54,8 +54,8 @@ def hide_tokens(noise: torch.Tensor, mask_ratio: float) -> torch.Tensor:
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"`mask_ratio` {mask_ratio} is outside [0, 1)")
     keep = int(noise.shape[1] * (1 - mask_ratio))
-    rank = noise.argsort(dim=1, stable=True).argsort(dim=1)
-    return rank >= keep
+    kept = noise.argsort(dim=1, stable=True)[:, :keep]
+    return torch.ones_like(noise, dtype=torch.bool).scatter_(1, kept, False)
 
 
 def check_mask_ratio(patch_size: Sequence[int], token_size: int, mask_ratio: float, loss_over: str = "all") -> None:

@@ -55,16 +55,22 @@ def blur(x: torch.Tensor, sigma: torch.Tensor, radius: int = 4, clip: bool = Tru
         sigma: (N,), voxels; the kernel ends at floor(4 sigma + 0.5) voxels, so that sigma < 0.125 changes nothing.
         radius: of the widest kernel in use, voxels.
     """
-    taps = blur_taps(sigma, radius)  # (N, 2 radius + 1)
+    first, *taps = blur_taps(sigma, radius).to(x.dtype)[..., None, None, None].unbind(1)  # 2 radius + 1 of (N, 1, 1, 1)
+    index = {side: _mirrored(side, radius, x.device) for side in set(x.shape[1:])}
     y = x
     for axis in (1, 2, 3):
         side = x.shape[axis]
-        index = torch.arange(-radius, side + radius, device=x.device).remainder(2 * side)
-        padded = y.index_select(axis, torch.minimum(index, 2 * side - 1 - index))
-        y = padded.narrow(axis, 0, side) * column(taps[:, 0], x)
-        for tap in range(1, 2 * radius + 1):
-            y.addcmul_(padded.narrow(axis, tap, side), column(taps[:, tap], x))
+        padded = y.index_select(axis, index[side])
+        y = padded.narrow(axis, 0, side) * first
+        for place, tap in enumerate(taps, start=1):
+            y.addcmul_(padded.narrow(axis, place, side), tap)
     return clip_to(y, *value_range(x)) if clip else y
+
+
+def _mirrored(side: int, radius: int, device: torch.device) -> torch.Tensor:
+    """Index of voxels -radius, ..., side + radius - 1, mirrored at the faces, edge voxels repeated."""
+    index = torch.arange(-radius, side + radius, device=device).remainder(2 * side)
+    return torch.minimum(index, 2 * side - 1 - index)
 
 
 def blur_taps(sigma: torch.Tensor, radius: int) -> torch.Tensor:
@@ -76,7 +82,7 @@ def blur_taps(sigma: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def low_resolution(
-    x: torch.Tensor, lengths: torch.Tensor, operators: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]
+    x: torch.Tensor, lengths: torch.Tensor, operators: Sequence[torch.Tensor], lost: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Down by nearest neighbour without smoothing, up by cubic B-spline: a scan with thick slices.
 
@@ -86,18 +92,18 @@ def low_resolution(
     Args:
         lengths: samples left along each axis, (N, 3), integer; the side of x where nothing happens.
         operators: per axis (R, n, n), float64, for the lengths n - R + 1, ..., n; see `low_resolution_tables`.
-        kept: per axis (R, n), bool, the voxels that survive the way down.
+        lost: per axis (R, n), bool, the voxels that do not survive the way down.
     """
-    rows = [lengths[:, axis] - x.shape[axis + 1] + len(operators[axis]) - 1 for axis in range(3)]
+    rows = [lengths[:, axis] - (x.shape[axis + 1] - len(operators[axis]) + 1) for axis in range(3)]
     y = x.double()
     y = (operators[0][rows[0]] @ y.flatten(2)).view_as(y)
     y = operators[1][rows[1]][:, None] @ y
     y = (y.flatten(1, 2) @ operators[2][rows[2]].mT).view_as(y).to(x.dtype)
     low = high = x
     for axis in (2, 1, 0):  # the surviving voxels are a product of three index sets
-        mask = kept[axis][rows[axis]].view(len(x), *(1,) * axis, -1)
-        low = torch.where(mask, low, torch.inf).amin(-1)
-        high = torch.where(mask, high, -torch.inf).amax(-1)
+        mask = lost[axis][rows[axis]].view(len(x), *(1,) * axis, -1)
+        low = low.masked_fill(mask, torch.inf).amin(-1)
+        high = high.masked_fill(mask, -torch.inf).amax(-1)
     return clip_to(y, low.view(-1, 1, 1, 1), high.view(-1, 1, 1, 1))
 
 
@@ -105,21 +111,21 @@ def low_resolution_tables(side: int, shortest: int) -> tuple[np.ndarray, np.ndar
     """Down to each of the lengths shortest, ..., side and back up, as `low_resolution` applies it.
 
     Returns:
-        Operators, (R, side, side), float64, and the voxels that survive the way down, (R, side), bool.
+        Operators, (R, side, side), float64, and the voxels that do not survive the way down, (R, side), bool.
     """
-    operators, kept = zip(*(_down_and_up(side, length) for length in range(shortest, side + 1)), strict=True)
-    return np.stack(operators), np.stack(kept)
+    operators, lost = zip(*(_down_and_up(side, length) for length in range(shortest, side + 1)), strict=True)
+    return np.stack(operators), np.stack(lost)
 
 
 def _down_and_up(side: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The operator for one length, (side, side), and the surviving voxels, (side,): `zoom` of an identity matrix."""
+    """The operator for one length, (side, side), and the lost voxels, (side,): `zoom` of an identity matrix."""
     from scipy.ndimage import zoom  # slow to import
 
     if length == side:
-        return np.eye(side), np.ones(side, dtype=bool)
+        return np.eye(side), np.zeros(side, dtype=bool)
     down = zoom(np.eye(side), (length / side, 1), order=0, mode="nearest", grid_mode=True)  # (length, side)
     up = zoom(down, (side / length, 1), order=3, mode="nearest", grid_mode=True)
-    return up, down.any(0)
+    return up, ~down.any(0)
 
 
 def bias_field(x: torch.Tensor, centre: torch.Tensor, mode: str = "official", clip: bool = True) -> torch.Tensor:

@@ -69,6 +69,6 @@ def _weight_lines(x: torch.Tensor, weights: torch.Tensor, axis: int, clip: bool)
     )
     spectrum = torch.fft.rfft(x + shift, dim=dim)
     real = torch.fft.irfft(spectrum * even, n=side, dim=dim)
-    imaginary = torch.fft.irfft(spectrum * torch.complex(torch.zeros_like(odd), -odd), n=side, dim=dim)
+    imaginary = torch.fft.irfft(spectrum * (odd * -1j), n=side, dim=dim)
     y = torch.hypot(real, imaginary).sub_(shift)
     return clip_to(y, low, high) if clip else y

@@ -141,13 +141,16 @@ class _Augment:
         for axis in range(3):
             selections[f"mirror{axis}"] = _rows_of(draws.mirror[:, axis] & (self.options.mirror > 0), {})
         for transform in self._transforms:
-            values = {name: getattr(draws, f"{transform.name}_{name}") for name in transform.drawn}
-            values = {name: value.reshape(-1, *value.shape[2:]) for name, value in values.items()}  # (B, C) -> (B C)
-            selections[transform.key] = _rows_of(transform.gate(draws).ravel(), values)
+            if (gate := transform.gate(draws)).any():
+                values = {name: getattr(draws, f"{transform.name}_{name}") for name in transform.drawn}
+                values = {name: value.reshape(-1, *value.shape[2:]) for name, value in values.items()}  # (B C, ...)
+                selections[transform.key] = _rows_of(gate.ravel(), values)
         selections = _send({key: selection for key, selection in selections.items() if len(selection.rows)}, device)
-        for selection in selections.values():
-            if "key" in selection.drawn:
-                selection.drawn["noise"] = voxel_noise(selection.drawn.pop("key"), self.patch_size)  # (N, X, Y, Z)
+        noisy = [selection for selection in selections.values() if "key" in selection.drawn]
+        if noisy:  # all of it at once, (N, X, Y, Z)
+            noise = voxel_noise(torch.cat([selection.drawn.pop("key") for selection in noisy]), self.patch_size)
+            for selection, part in zip(noisy, noise.split([len(s.rows) for s in noisy]), strict=True):
+                selection.drawn["noise"] = part
         return selections
 
     def _select_moved(self, draws: Draws) -> dict[str, Selection]:
@@ -191,7 +194,7 @@ class _Augment:
             zoom = self.options.low_resolution_zoom[0]
             made = {side: low_resolution_tables(side, max(round(side * zoom), 1)) for side in set(self.patch_size)}
             tables["operators"] = per_axis({side: pair[0] for side, pair in made.items()}, self.patch_size)
-            tables["kept"] = per_axis({side: pair[1] for side, pair in made.items()}, self.patch_size)
+            tables["lost"] = per_axis({side: pair[1] for side, pair in made.items()}, self.patch_size)
         self._tables[device] = tables
         return tables
 
@@ -231,7 +234,9 @@ class _Augment:
         if "coefficients" not in selection.drawn:
             return spatial.sampling_offsets(matrix, self.patch_size, dtype)
         largest, sigma = int(4 * self.options.elastic_sigma[1] + 0.5), selection.drawn["sigma"]
-        factors = [spatial.smoothing_matrix(sigma, len(basis), largest) @ basis for basis in bases]
+        by_side = dict(zip(self.patch_size, bases, strict=True))
+        factors = {side: spatial.smoothing_matrix(sigma, side, largest) @ basis for side, basis in by_side.items()}
+        factors = [factors[side] for side in self.patch_size]
         return spatial.elastic_offsets(matrix, selection.drawn["coefficients"], factors, dtype)
 
     def _degrade(self, patch: torch.Tensor, selections: Mapping[str, Selection]) -> torch.Tensor:
@@ -369,7 +374,7 @@ def _intensity_transforms(options: Options) -> tuple[Transform, ...]:
             Transform("gibbs_ringing", gibbs_ringing, ("lines",), {"axis": axis, **clip}, axis=axis)
             for axis in range(3)
         ),
-        Transform("low_resolution", low_resolution, ("lengths",), tables=("operators", "kept")),
+        Transform("low_resolution", low_resolution, ("lengths",), tables=("operators", "lost")),
         Transform("bias_field", bias_field, ("centre",), {"mode": options.bias, **clip}),
         Transform("gamma", gamma, ("value", "inversion"), clip),
     )
