@@ -75,11 +75,11 @@ from amaes.data.splits import all_cases, fold_splits, hold_out_validation, saved
 from amaes.data.store import Store
 from amaes.evaluation import leakage
 from amaes.files import write_json
-from amaes.models import build_network, ops
+from amaes.models import build_network
 from amaes.objectives.supervised import SupervisedSegmentation
 from amaes.paper.protocols import check_store, saved_folds
 from amaes.training import verdict
-from amaes.training.checks import check_batch, check_patch_size, describe_batch, notes_on_patch
+from amaes.training.checks import check_batch, check_patch_size, describe_batch, notes_on_patch, settle_compilation
 from amaes.training.optim import FinetuneRates, build_optimizer, optimizer_step
 from amaes.training.progress import Progress
 from amaes.training.run_folder import RunFolder
@@ -110,7 +110,6 @@ def main(args: argparse.Namespace) -> int:
     check_batch(args.batch_size, ranks.world, args.accumulate)
     check_patch_size(args.patch_size, args.arch)
     bf16 = hardware.use_bf16(ranks.device, args.precision)
-    compiler, compiled = hardware.compiler(ranks.device, args.compile, ops.are_fused(ranks.device))
     augment_options = {"window": args.window, **dict(args.augment_options)}
     augment = FinetuneAugment(args.patch_size, args.augment, args.seed, **augment_options)
     head = {"decoder": args.decoder, "deep_supervision": args.deep_supervision, "foreground": args.foreground}
@@ -136,6 +135,9 @@ def main(args: argparse.Namespace) -> int:
     # Run
     kept = {"options": options.as_plain(vars(args)), "patch_size": args.patch_size, "keep": args.keep}
     folder = RunFolder(args.out, "segment", ranks, task="segment", build=build, store=store, **kept)
+    folds = {i: replace(folder, path=args.out / f"fold{i}") for i in range(len(splits)) if args.fold in ("all", str(i))}
+    finished = not args.overwrite and all(fold.is_finished(args.steps) for fold in folds.values())
+    compiler, compiled = settle_compilation(ranks.device, args.compile, finished)
     accumulate = folder.settle_micro_steps(
         args.accumulate, on_meta, args.batch_size, bf16=bf16, begin_anew=args.overwrite
     )
@@ -146,16 +148,14 @@ def main(args: argparse.Namespace) -> int:
         report_leakage(args, store, splits, pretraining, ranks, log)
     share = Share(args.batch_size, accumulate, ranks.rank, ranks.world)
     log(f"{describe_batch(share, ranks.device, args.steps)}, {args.augment} augmentation")
-    log(f"{compiled}, {ops.describe(ranks.device)}")
-    for line in notes_on_patch(args.patch_size, [case.shape for case in store.cases], args.arch):
+    for line in (compiled, *notes_on_patch(args.patch_size, [case.shape for case in store.cases], args.arch)):
         log(line)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16)
     run = Run(objective, store, share, autocast, compiler, Stop(ranks, args.save_minutes))
-    for fold, split in enumerate(splits):
-        if args.fold in ("all", str(fold)):
-            log(f"fold {fold}: {len(split['train'])} cases to train on, {len(split['test'])} to test on")
-            with hardware.out_of_memory_explained(ranks.device, accumulate, args.patch_size, share.of_rank):
-                train_fold(args, run, replace(folder, path=args.out / f"fold{fold}"), split, ranks, log)
+    for i, fold in folds.items():
+        log(f"fold {i}: {len(splits[i]['train'])} cases to train on, {len(splits[i]['test'])} to test on")
+        with hardware.out_of_memory_explained(ranks.device, accumulate, args.patch_size, share.of_rank):
+            train_fold(args, run, fold, splits[i], ranks, log)
     distributed.shutdown()
     tested = any(split["test"] for split in splits)
     log(f"done; next: {cli.command('evaluate') if tested else cli.command('predict') + ' --weights'} {args.out}")

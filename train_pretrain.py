@@ -71,10 +71,10 @@ from amaes.data.pretrain_data import PretrainData, split_for_pretraining
 from amaes.data.several_stores import open_stores
 from amaes.data.store import Store
 from amaes.mask import check_mask_ratio
-from amaes.models import build_network, ops
+from amaes.models import build_network
 from amaes.pictures import check_matplotlib
 from amaes.training import benchmark, verdict
-from amaes.training.checks import check_batch, check_patch_size, describe_batch, notes_on_patch
+from amaes.training.checks import check_batch, check_patch_size, describe_batch, notes_on_patch, settle_compilation
 from amaes.training.optim import build_optimizer, optimizer_step, set_lr, warmup_cosine
 from amaes.training.panels import draw_panels
 from amaes.training.presets import remark
@@ -114,7 +114,6 @@ def main(args: argparse.Namespace) -> int:
     # What contradicts itself is refused before any work.
     objective, build = check(args, ranks)
     bf16 = hardware.use_bf16(ranks.device, args.precision)
-    compiler, compiled = hardware.compiler(ranks.device, args.compile, ops.are_fused(ranks.device))
 
     data = open_data(args, objective, ranks, log)
     steps_per_epoch = max(1, len(data.train) // args.batch_size)
@@ -147,9 +146,11 @@ def main(args: argparse.Namespace) -> int:
         panels_every=(args.panels_every or 0) * steps_per_epoch,
         autocast=torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16),
     )
+    finished = not begin_anew and folder.is_finished(run.steps)
+    compiler, compiled = settle_compilation(ranks.device, args.compile, finished)
     head = f"{args.decoder} decoder" if args.decoder else f"{args.reconstruction_head} head"
     log(f"{args.arch}, {head}, {sum(p.numel() for p in network.parameters()):,} parameters")
-    log(f"{compiled}, {ops.describe(ranks.device)}")
+    log(compiled)
     log_start(args, run, log)
 
     model = distributed.wrap(network, ranks, compiler)

@@ -1,15 +1,17 @@
-"""What contradicts itself is refused before any work: patch and batch sizes."""
+"""What contradicts itself is refused before any work: patch and batch sizes; `compile` on where it does not work."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
+from amaes import hardware
 from amaes.data.order import Share
-from amaes.models import build_encoder
+from amaes.models import build_encoder, ops
 
 MOSTLY_INSIDE = 0.75  # of a patch; where less of it lies inside of the median case, a smaller one is advised
 
@@ -91,6 +93,24 @@ def check_batch(batch_size: int, world: int, accumulate: int | str) -> None:
             f"`batch_size` {batch_size}: cannot be split over {shares}; accepted: multiples of {pieces}, "
             f"e.g. {max(1, batch_size // pieces) * pieces}"
         )
+
+
+def settle_compilation(
+    device: torch.device, choice: str, finished: bool
+) -> tuple[Callable[[nn.Module], nn.Module], str]:
+    """The function that compiles the network, and one line: whether it does, and which operations are used.
+
+    Args:
+        device, choice: see `amaes.hardware.compiler`.
+        finished: nothing is left to train; then nothing is compiled, and no kernel is tested.
+
+    Raises:
+        ValueError: see `amaes.hardware.compiler`.
+    """
+    if finished:
+        return hardware.compiler(device, "off")[0], "nothing is left to train, nothing is compiled"
+    compiler, line = hardware.compiler(device, choice, ops.are_fused(device))
+    return compiler, f"{line}, {ops.describe(device)}"
 
 
 def describe_batch(share: Share, device: torch.device, steps: int) -> str:

@@ -191,6 +191,10 @@ class RunFolder:
         if part is not None:
             self._locks.append(hold(self.path / part, text, name=LOCK))
 
+    def is_finished(self, steps: int) -> bool:
+        """Whether the checkpoint of the last of so many steps is there. (A fold that `patience` ended has none.)"""
+        return distributed.from_main((self.path / "checkpoints" / f"step-{steps}.pt").is_file())
+
     def load_newest(self, network: nn.Module, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> int:
         """Load the newest sound checkpoint, on every rank; the step it was made at, 0 where there is none."""
         folder, is_main = self.path / "checkpoints", self.ranks.is_main

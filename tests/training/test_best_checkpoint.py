@@ -67,6 +67,8 @@ def test_a_run_that_continues_knows_its_best_and_refuses_other_folds(finetune, t
     fold, _ = finetune([1 / 3, 0.25], "--steps 5 --val-every 3 --save-every 4")  # the last step is validated, too
     (fold / "checkpoints" / "step-5.pt").unlink()  # as if it had been killed before
     finetune([1 / 3], "--steps 5 --val-every 3 --save-every 4")  # as good as the best, not better
+    _, done = finetune([], "--steps 5 --val-every 3 --save-every 4 --compile on")
+    assert "nothing is left to train, nothing is compiled" in done.stdout
     assert [(line["step"], line["val_dice"]) for line in lines(fold) if "val_dice" in line] == [
         (3, 0.333333),
         (5, 0.333333),

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from amaes.data.order import Share
+from amaes.models.ops import dispatch
 from amaes.training import checks
 
 
@@ -69,3 +70,15 @@ def test_batch_is_described():
     assert checks.describe_batch(Share(8, accumulate=2, world=2), torch.device("cpu"), 10) == (
         "10 steps of 8 patches = 2 ranks x 2 micro-steps x 2 on cpu"
     )
+
+
+def test_where_nothing_is_left_to_train_nothing_is_compiled_and_no_kernel_tested(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    monkeypatch.setattr(dispatch, "triton_fault", None)
+    network = torch.nn.Linear(1, 1)
+    compiler, line = checks.settle_compilation(torch.device("cuda", 0), "on", finished=True)
+    assert compiler(network) is network
+    assert line == "nothing is left to train, nothing is compiled"
+    monkeypatch.setattr(dispatch, "triton_fault", lambda device: None)
+    compiler, line = checks.settle_compilation(torch.device("cuda", 0), "auto", finished=False)
+    assert line == "eager (auto does not compile fused operations), operations in Triton"

@@ -63,6 +63,12 @@ def test_workers_change_nothing(pretrained, store, tmp_path):
     assert not multiprocessing.active_children()  # one that is left delays the end of the program by half a minute
 
 
+def test_a_finished_run_compiles_nothing(pretrained, store, monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    options = pretrain_options(store, pretrained, **{"--log-every": 1, "--compile": "on"})
+    assert "nothing is left to train, nothing is compiled" in run("train_pretrain.py", *options).stdout
+
+
 def test_another_seed_changes_the_weights(pretrained, store, tmp_path):
     run("train_pretrain.py", *pretrain_options(store, tmp_path / "b", **{"--seed": 1}))
     assert not torch.equal(
