@@ -52,7 +52,7 @@ def two_stores(tmp_path_factory):
 SMALL = ("--arch", "unet_tiny", "--patch-size", 32, "--batch-size", 2, "--steps", 5, "--save-every", 1, "--keep", 9)
 RUNS = {
     "amaes": SMALL,
-    "swin": ("--arch", "swin_tiny", "--patch-size", 64, "--batch-size", 1, "--steps", 2, "--save-every", 1),
+    "swin": ("--arch", "swin_tiny", "--patch-size", 64, 32, 32, "--batch-size", 1, "--steps", 2, "--save-every", 1),
     "supervised": (*SMALL, "--deep-supervision"),
 }
 

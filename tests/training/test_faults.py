@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,19 @@ import torch
 from amaes import checkpoint, hardware
 from amaes.data.splits import pretrain_split
 from amaes.data.store import Store
-from tests.launch import ROOT, assert_equal_weights, command, lines_of, pretrain_options, run, wait_for, weights
+from amaes.training import validation
+from tests.launch import (
+    ROOT,
+    assert_equal_weights,
+    command,
+    fork,
+    fork_ranks,
+    lines_of,
+    pretrain_options,
+    run,
+    wait_for,
+    weights,
+)
 from tests.stores import make_store
 
 
@@ -77,20 +90,32 @@ def test_torchrun_restarts_ranks_after_one_was_killed(store, two_ranks, tmp_path
     assert_equal_weights(two_ranks, out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_saves_and_the_same_command_continues(store, two_ranks, tmp_path, number):
     out = tmp_path / "run"
     with_workers = options(store, out, **{"--workers": 1})
-    argv = torchrun("--standalone", "--nproc_per_node=2", "train_pretrain.py", *with_workers)
-    process = launched(argv)
+    process = launched(torchrun("--standalone", "--nproc_per_node=2", "train_pretrain.py", *with_workers))
     wait_for(out / "checkpoints" / "step-2.pt", process)
-    # As a scheduler does: torchrun (which does not know SIGUSR1), ranks and workers.
-    torchruns = [] if number == signal.SIGUSR1 else [process.pid]
-    for pid in (*torchruns, *everything_below(process.pid)):
+    for pid in (process.pid, *everything_below(process.pid)):  # as a scheduler does: torchrun, ranks and workers
         os.kill(pid, number)
     said = process.communicate(timeout=100)[0]
     assert process.returncode != 0
     assert "saved at step" in said
+    assert 2 <= weights(out)[0] < 12
+    run("train_pretrain.py", *options(store, out), ranks=2)
+    assert_equal_weights(two_ranks, out)
+
+
+def test_a_signal_that_torchrun_does_not_know_saves_too(store, two_ranks, tmp_path):
+    out = tmp_path / "run"
+    ranks = fork_ranks("train_pretrain.py", options(store, out, **{"--workers": 1}), 2, tmp_path)
+    wait_for(out / "checkpoints" / "step-2.pt", ranks[0])
+    for pid in [pid for rank in ranks for pid in (rank.pid, *everything_below(rank.pid))]:
+        os.kill(pid, signal.SIGUSR1)
+    for rank in ranks:
+        rank.join(100)
+        assert rank.exitcode not in (0, None)
+    assert "saved at step" in (tmp_path / "rank0.txt").read_text()
     assert 2 <= weights(out)[0] < 12
     run("train_pretrain.py", *options(store, out), ranks=2)
     assert_equal_weights(two_ranks, out)
@@ -109,31 +134,29 @@ def validating(store, tmp_path_factory):
 
 @pytest.mark.parametrize("at", [2, 4])  # in the middle, and at the end
 def test_a_signal_during_validation_cuts_it_short_and_the_same_command_makes_up_for_it(store, validating, tmp_path, at):
-    argv = options(store, tmp_path / "cut", **VALIDATING)
-    program = SIGNALLED_IN_VALIDATION.format(validation=at // 2, argv=[*map(str, argv)])
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 130, done.stderr
-    assert f"saved at step {at}; the same command continues" in done.stderr
-    assert f"step {at}: validation" not in done.stderr + done.stdout
+    argv = [str(word) for word in options(store, tmp_path / "cut", **VALIDATING)]
+    said = tmp_path / "said.txt"
+    process = fork("train_pretrain.py", argv, said, before=partial(signal_in_validation, at // 2))
+    process.join()
+    assert process.exitcode == 130
+    assert f"saved at step {at}; the same command continues" in said.read_text()
+    assert f"step {at}: validation" not in said.read_text()
     run("train_pretrain.py", *argv)
     assert_equal_weights(validating, tmp_path / "cut")
     assert validations_of(tmp_path / "cut") == validations_of(validating)
 
 
-SIGNALLED_IN_VALIDATION = """
-import os, signal, sys
-import train_pretrain
-from amaes import cli
-from amaes.training import validation
-loader, calls = validation.loader, []
-def signalled(*about, **more):
-    calls.append(about)
-    if len(calls) == {validation}:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return loader(*about, **more)
-validation.loader = signalled
-cli.run(train_pretrain.main, train_pretrain.parse_options({argv}))
-"""
+def signal_in_validation(number):
+    """Let validation `number` of this process, counted from 1, begin with a signal."""
+    loader, calls = validation.loader, []
+
+    def signalled(*about, **more):
+        calls.append(about)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loader(*about, **more)
+
+    validation.loader = signalled
 
 
 def validations_of(folder):
@@ -158,11 +181,11 @@ def test_two_machines_meet_over_tcp(store, two_ranks, tmp_path):
 
 def test_another_number_of_ranks_continues_with_the_same_cases_and_says_so(store, two_ranks, tmp_path):
     out = tmp_path / "run"
-    stopped = launched(command("train_pretrain.py", *options(store, out), ranks=2))
-    wait_for(out / "checkpoints" / "step-4.pt", stopped)
-    for pid in ranks_below(stopped.pid):
-        os.kill(pid, signal.SIGKILL)
-    stopped.communicate(timeout=100)
+    ranks = fork_ranks("train_pretrain.py", options(store, out), 2, tmp_path)
+    wait_for(out / "checkpoints" / "step-4.pt", ranks[0])
+    for rank in ranks:
+        rank.kill()
+        rank.join()
     done = run("train_pretrain.py", *options(store, out, **{"--accumulate": 4}))
     assert "the run had 2 ranks, now 1: cases, draws and masks stay the same" in done.stdout
     pairs = zip(lines_of(out), lines_of(two_ranks), strict=True)
@@ -192,10 +215,10 @@ def test_a_killed_sweep_of_folds_loses_none(store, tmp_path):
         return [*fixed.split(), "--folds", 2, "--train-cases", 3, "--data", store, "--out", tmp_path / out]
 
     run("train_finetune.py", *sweep("whole"))
-    process = launched(command("train_finetune.py", *sweep("killed")), start_new_session=True)
+    process = fork("train_finetune.py", sweep("killed"), tmp_path / "said.txt")
     wait_for(tmp_path / "killed" / "fold1" / "checkpoints" / "step-2.pt", process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=100)
+    process.join()
     run("train_finetune.py", *sweep("killed"))
     for fold in ("fold0", "fold1"):
         assert_equal_weights(tmp_path / "whole" / fold, tmp_path / "killed" / fold)

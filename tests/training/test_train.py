@@ -12,7 +12,18 @@ import torch
 
 from amaes import checkpoint
 from amaes.phantom import write
-from tests.launch import ROOT, TINY, assert_equal_weights, command, lines_of, pretrain_options, run, wait_for, weights
+from tests.launch import (
+    ROOT,
+    TINY,
+    assert_equal_weights,
+    command,
+    fork,
+    lines_of,
+    pretrain_options,
+    run,
+    wait_for,
+    weights,
+)
 from tests.stores import make_store
 
 
@@ -78,12 +89,11 @@ def test_another_seed_changes_the_weights(pretrained, store, tmp_path):
 
 def test_a_killed_run_continues_to_the_same_weights(pretrained, store, tmp_path):
     out = tmp_path / "killed"
-    argv = command("train_pretrain.py", *pretrain_options(store, out))
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = fork("train_pretrain.py", pretrain_options(store, out), tmp_path / "said.txt")
     wait_for(out / "checkpoints" / "step-3.pt", process)
     process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     done = run("train_pretrain.py", *pretrain_options(store, out))
     assert "continuing at step" in done.stderr + done.stdout
     assert_equal_weights(pretrained, out)
@@ -92,10 +102,11 @@ def test_a_killed_run_continues_to_the_same_weights(pretrained, store, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT])  # others: test_faults, with two ranks
-def test_an_interrupted_run_saves_and_continues(pretrained, store, tmp_path, number):
+def test_an_interrupted_run_saves_and_continues_and_needs_no_environment_variable(pretrained, store, tmp_path, number):
     out = tmp_path / "interrupted"
     argv = command("train_pretrain.py", *pretrain_options(store, out, **{"--save-every": 1}))
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    process = subprocess.Popen(argv, cwd=ROOT, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(out / "checkpoints" / "step-1.pt", process)
     process.send_signal(number)
     error = process.communicate(timeout=100)[1]
@@ -296,9 +307,3 @@ def test_a_loss_that_explodes_is_one_line_and_is_not_saved(store, tmp_path):
     assert "Traceback" not in done.stderr
     found, _, _ = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert found is None or all(tensor.isfinite().all() for tensor in found["model"].values())
-
-
-def test_no_environment_variable_is_needed(store, tmp_path):
-    clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    argv = command("train_pretrain.py", *pretrain_options(store, tmp_path / "run", **{"--steps": 1}))
-    subprocess.run(argv, cwd=ROOT, env=clean, check=True, capture_output=True)
