@@ -28,7 +28,9 @@ def finetune(tmp_path, monkeypatch):
         given = iter(dice)
         monkeypatch.setattr(whole_scans, "validation_dice", lambda *_, **__: next(given))
         options = ("--data", store, "--splits", tmp_path / "splits.csv", "--out", tmp_path / "run", "--workers", 0)
-        return tmp_path / "run" / "fold0", run("train_finetune.py", *options, *TINY, *words.split(), status=status)
+        return tmp_path / "run" / "fold0", run(
+            "train_finetune.py", *options, *TINY, "--batch-size", 2, *words.split(), status=status
+        )
 
     return finetune
 
