@@ -34,7 +34,8 @@ class TrainingDice:
 
         Voxels whose label is no class, which losses leave out, do not count.
         """
-        predicted = (outputs if isinstance(outputs, torch.Tensor) else outputs[0]).argmax(1)  # (B, X, Y, Z)
+        logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        predicted = logits.max(1).indices  # (B, X, Y, Z); as argmax, which takes ten times as long on the CPU
         predicted = predicted.masked_fill(label > len(self._counts), 0)
         for row, counts in enumerate(self._counts, 1):
             found, wanted = predicted == row, label == row

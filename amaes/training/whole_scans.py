@@ -123,7 +123,7 @@ def validation_dice(
             sums[-1] = 1
             break
         logits = sliding_window(network, store.image(id), patch_size, precision=precision)  # (K, X, Y, Z)
-        predicted, label = logits.argmax(0).cpu().numpy(), store.label(id)
+        predicted, label = logits.max(0).indices.cpu().numpy(), store.label(id)
         if store.ignored is not None:
             predicted[label == store.ignored] = 0
         for row, values in zip(sums, classes, strict=False):
