@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from amaes.choices import RECONSTRUCTION_MEANS
 
+SMALLEST_SD = 0.1  # of the visible voxels, intensities of the store: air, with next to none, must not explode
+
 
 def reconstruction_loss(
     prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None, over: str = "all"
@@ -34,6 +36,23 @@ def reconstruction_loss(
     hidden = mask.to(error.dtype)
     total = (error * hidden).sum()
     return total / (error.numel() if over == "masked-parity" else hidden.sum() * error.shape[1])
+
+
+def visible_mean_sd(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, at least SMALLEST_SD, over the visible voxels of every sample and channel.
+
+    Args:
+        x: (B, C, X, Y, Z).
+        mask: (B, 1, X, Y, Z), True = hidden; at least one voxel is not.
+
+    Returns:
+        Both (B, C, 1, 1, 1).
+    """
+    space, visible = (2, 3, 4), (~mask).to(x.dtype)
+    count = visible.sum(space, keepdim=True)  # (B, 1, 1, 1, 1)
+    mean = (x * visible).sum(space, keepdim=True) / count
+    variance = ((x - mean).square() * visible).sum(space, keepdim=True) / count
+    return mean, variance.sqrt().clamp_min(SMALLEST_SD)
 
 
 def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from amaes.models.ops import fused_is_cheaper
+from amaes.models.ops import fused_is_cheaper, head
 from amaes.models.stages import run_stage
 from amaes.models.unet import ConvBlock
 
@@ -102,8 +102,8 @@ class Decoder(nn.Module):
             x = self.stage(i, x, self._lateral(features, i) if self.skips else None)
             maps.insert(0, x)
         if self.deep_supervision and self.training:
-            return [head(x) for head, x in zip(self.heads, maps, strict=False)]  # the deepest may have none
-        return self.heads[0](x)
+            return [head(x, layer) for layer, x in zip(self.heads, maps, strict=False)]  # the deepest may have none
+        return head(x, self.heads[0])
 
     def _lateral(self, features: list[torch.Tensor], i: int) -> torch.Tensor:
         return run_stage(self, self.laterals[i], features[i]) if self.laterals else features[i]

@@ -9,15 +9,13 @@ import torch
 from amaes import rng
 from amaes.augment import PretrainAugment
 from amaes.choices import TARGETS
-from amaes.losses import reconstruction_loss
+from amaes.losses import visible_mean_sd
 from amaes.mask import apply_mask, token_mask
+from amaes.models.ops import masked_error
 
 if TYPE_CHECKING:
     from amaes.data.several_stores import SeveralStores
     from amaes.data.store import Store
-
-
-SMALLEST_SD = 0.1  # of the visible voxels, intensities of the store: air, with next to none, must not explode
 
 
 class MaskedReconstruction:
@@ -84,11 +82,7 @@ class MaskedReconstruction:
 
     def losses(self, outputs: torch.Tensor, targets: tuple) -> dict[str, torch.Tensor]:
         """The mean squared error, in units of the target."""
-        target, mask = targets
-        if self.standardized:
-            mean, sd = visible_mean_sd(target, mask)
-            target = (target - mean) / sd
-        return {"reconstruction": reconstruction_loss(outputs, target, mask, self.over)}
+        return {"reconstruction": masked_error(outputs, *targets, self.over, self.standardized)}
 
     def baseline(self, targets: tuple) -> torch.Tensor:
         """Predicting the mean of the visible voxels: 0 where the target is standardized."""
@@ -104,20 +98,3 @@ class MaskedReconstruction:
             mean, sd = visible_mean_sd(*targets)
             outputs = outputs.float() * sd + mean
         return {"seen": inputs[:, :1], "rebuilt": outputs[:, :1], "target": targets[0][:, :1]}
-
-
-def visible_mean_sd(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation, at least SMALLEST_SD, over the visible voxels of every sample and channel.
-
-    Args:
-        x: (B, C, X, Y, Z).
-        mask: (B, 1, X, Y, Z), True = hidden; at least one voxel is not.
-
-    Returns:
-        Both (B, C, 1, 1, 1).
-    """
-    space, visible = (2, 3, 4), (~mask).to(x.dtype)
-    count = visible.sum(space, keepdim=True)  # (B, 1, 1, 1, 1)
-    mean = (x * visible).sum(space, keepdim=True) / count
-    variance = ((x - mean).square() * visible).sum(space, keepdim=True) / count
-    return mean, variance.sqrt().clamp_min(SMALLEST_SD)

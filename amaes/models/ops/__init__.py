@@ -1,13 +1,14 @@
 """The operations that take the networks' time, one file each.
 
-    conv        convolution before a norm (`unet.ConvUnit`, `resenc`)
-    norm_act    instance norm and leaky ReLU (`unet.ConvUnit`)
-    up_conv     an upsampling and the convolution after it (`decoder.UNetDecoder`)
-    depthwise   depthwise convolution (`mednext.Block`)
-    norm_mlp    norm, expand, GELU, response norm, project (`mednext.Block`)
-    pointwise   1x1x1 convolution (`mednext`)
+    conv          convolution before a norm (`unet.ConvUnit`, `resenc`)
+    norm_act      instance norm and leaky ReLU (`unet.ConvUnit`)
+    up_conv       an upsampling and the convolution after it (`decoder.UNetDecoder`)
+    depthwise     depthwise convolution (`mednext.Block`)
+    norm_mlp      norm, expand, GELU, response norm, project (`mednext.Block`)
+    pointwise     1x1x1 convolution (`mednext`), also of a head (`decoder.Decoder`)
+    masked_error  mean squared error of the masked autoencoder (`objectives.masked`)
 
-A file begins with the function that the networks call, which chooses the way it is computed. Then come the plain
+A file begins with the function that is called, which chooses the way it is computed. Then come the plain
 mathematics, and after them each faster way to the same numbers: in Triton, for NVIDIA GPUs (its kernels are in the
 folder `kernels`), and the CPU's. A way for another device is written below those, and no network changes. `dispatch`
 says which way an input takes, and in which number type.
@@ -16,9 +17,10 @@ says which way an input takes, and in which number type.
 from amaes.models.ops.conv import conv_before_norm
 from amaes.models.ops.depthwise import depthwise
 from amaes.models.ops.dispatch import are_fused, describe
+from amaes.models.ops.masked_error import masked_error
 from amaes.models.ops.norm_act import norm_act, norm_only
 from amaes.models.ops.norm_mlp import norm_mlp, response_norm
-from amaes.models.ops.pointwise import pointwise
+from amaes.models.ops.pointwise import head, pointwise
 from amaes.models.ops.up_conv import fused_is_cheaper, up_conv
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "depthwise",
     "describe",
     "fused_is_cheaper",
+    "head",
+    "masked_error",
     "norm_act",
     "norm_mlp",
     "norm_only",

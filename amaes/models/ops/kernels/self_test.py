@@ -7,10 +7,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from amaes.choices import RECONSTRUCTION_MEANS
+from amaes.losses import SMALLEST_SD
 from amaes.models.ops.depthwise import _plain as plain_depthwise
 from amaes.models.ops.depthwise import _triton as triton_depthwise
+from amaes.models.ops.kernels.masked_error import masked_error as fused_masked_error
 from amaes.models.ops.kernels.norm_act import norm_act as rows_norm_act
 from amaes.models.ops.kernels.norm_mlp import norm_mlp as rows_norm_mlp
+from amaes.models.ops.masked_error import _plain as plain_masked_error
 from amaes.models.ops.norm_act import SLOPE
 from amaes.models.ops.norm_mlp import response_norm
 
@@ -38,6 +42,8 @@ def wrong_operators(device: torch.device) -> list[str]:
         tests[name] = (_triton_norm_act, _plain_norm_act, (x, scale, shift), (keep_input,))
     for name, count in (("norm_mlp", 7), ("norm_mlp (response norm)", 9)):
         tests[name] = (_triton_norm_mlp, _plain_norm_mlp, tensors[:count], ())
+    for over in RECONSTRUCTION_MEANS:
+        tests[f"masked_error ({over})"] = (_triton_masked_error, _plain_masked_error, (x,), (over,))
     wrong = [name for name, test in tests.items() if not _agree(*test, device, torch.float32)]
     if device.type == "cuda":  # products of matrices have kernels of their own
         wrong += [
@@ -69,6 +75,20 @@ def _plain_norm_mlp(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         gamma, beta = (tensor.view(1, -1, 1, 1, 1) for tensor in of_grn)
         h = response_norm(h.movedim(-1, 1), gamma, beta, "mean").movedim(1, -1)
     return x + F.linear(h, project, project_bias).movedim(-1, 1)
+
+
+def _triton_masked_error(x: torch.Tensor, over: str) -> torch.Tensor:
+    return fused_masked_error(x, *_target_and_mask(x), over, SMALLEST_SD)[0]
+
+
+def _plain_masked_error(x: torch.Tensor, over: str) -> torch.Tensor:
+    return plain_masked_error(x, *_target_and_mask(x), over, True)
+
+
+def _target_and_mask(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A clean image for the prediction `x`, and every third voxel hidden."""
+    voxels = torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:])
+    return x.detach().flip(1), voxels % 3 == 1
 
 
 def _agree(
