@@ -49,6 +49,10 @@ class PlainUnit(nn.Module):
     def forward(self, x: torch.Tensor, up: nn.Module | None = None) -> torch.Tensor:
         return self.activation(self.norm(self.conv(x if up is None else up(x))))
 
+    def pooled(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self(x)
+        return y, F.max_pool3d(y, 2)
+
 
 class PlainBlock(nn.Module):
     """A MedNeXt block out of PyTorch's modules, with the weights of ours."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from amaes.models.ops import conv_before_norm, norm_act, up_conv
+from amaes.models.ops import conv_before_norm, norm_act, norm_act_pool, up_conv
 from amaes.models.stages import run_stage
 
 NUM_STAGES = 5  # full resolution, then four halvings
@@ -24,6 +23,10 @@ class ConvUnit(nn.Module):
         """See `ConvBlock`."""
         return norm_act(conv_before_norm(x, self.conv) if up is None else up_conv(x, up, self.conv), self.norm)
 
+    def pooled(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The unit's map, and its maxima over blocks of 2x2x2 voxels."""
+        return norm_act_pool(conv_before_norm(x, self.conv), self.norm)
+
 
 class ConvBlock(nn.Sequential):
     """`convs` units in a row, the first from `in_channels`; no residual connection."""
@@ -38,6 +41,17 @@ class ConvBlock(nn.Sequential):
         for unit in others:
             x = unit(x)
         return x
+
+
+class PooledBlock(ConvBlock):
+    """A block that also gives its map pooled: what the next stage reads."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, X, Y, Z) to (B, O, X, Y, Z) and (B, O, X/2, Y/2, Z/2)."""
+        *others, last = self
+        for unit in others:
+            x = unit(x)
+        return last.pooled(x)
 
 
 class UNet(nn.Module):
@@ -65,12 +79,15 @@ class UNet(nn.Module):
         self.channels = tuple(width * 2**i for i in range(NUM_STAGES))
         self.strides = tuple(2**i for i in range(NUM_STAGES))
         inputs = (in_channels, *self.channels[:-1])
-        self.stages = nn.ModuleList(ConvBlock(i, o, convs=2) for i, o in zip(inputs, self.channels, strict=True))
+        blocks = [PooledBlock] * (NUM_STAGES - 1) + [ConvBlock]
+        self.stages = nn.ModuleList(
+            block(i, o, convs=2) for block, i, o in zip(blocks, inputs, self.channels, strict=True)
+        )
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, C, X, Y, Z) to one feature map per stage, finest first: (B, channels[i], X/2^i, Y/2^i, Z/2^i)."""
         features = []
-        for stage in self.stages:
-            x = run_stage(self, stage, F.max_pool3d(x, 2) if features else x)
-            features.append(x)
-        return features
+        for stage in self.stages[:-1]:
+            feature, x = run_stage(self, stage, x)
+            features.append(feature)
+        return [*features, run_stage(self, self.stages[-1], x)]

@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amaes.models import LightDecoder, MedNeXt, Network, ResEnc, UNet, UNetDecoder, ops
 from amaes.models.ops import dispatch
 from amaes.models.resenc import ResEncDecoder
+from amaes.models.unet import ConvBlock
 from tests.models.interpreter import DEVICE, kernels_are_chosen, need_triton, randn, takes_kernels  # noqa: F401
 
 need_triton()
@@ -22,7 +24,8 @@ def network(family):
     torch.manual_seed(0)
     if family in ("unet", "light"):
         encoder = UNet(2 if family == "light" else 1, 4)
-        encoder.stages, encoder.channels, encoder.strides = encoder.stages[:3], (4, 8, 16), (1, 2, 4)
+        encoder.stages = nn.ModuleList([*encoder.stages[:2], ConvBlock(8, 16, 2)])
+        encoder.channels, encoder.strides = (4, 8, 16), (1, 2, 4)
         build = LightDecoder if family == "light" else UNetDecoder
     elif family == "resenc":
         encoder, build = ResEnc(1, (4, 6, 8), (1, 2, 1)), ResEncDecoder
@@ -79,6 +82,17 @@ def test_mednext_by_kernels_copies_nothing_into_another_layout():
     image = randn(2, 1, 2, 2, 4)
     with Layouts() as layouts:
         y = net(image)
+        y.backward(torch.ones_like(y))
+    assert layouts.copies == []
+    assert y.movedim(1, -1).is_contiguous()
+
+
+def test_a_unet_by_kernels_copies_nothing_into_another_layout():
+    net, _ = network("unet")
+    image = randn(2, 1, 8, 4, 4)
+    with Layouts() as layouts:
+        features = net.encoder(image)
+        y = net.decoder.stage(0, net.decoder.stage(1, features[2], features[1]), features[0])
         y.backward(torch.ones_like(y))
     assert layouts.copies == []
     assert y.movedim(1, -1).is_contiguous()

@@ -213,15 +213,83 @@ def test_norm_act_asks_the_device_every_16_updates_and_within_a_step_answers_the
     assert answers[-1] == {False}
 
 
-@pytest.mark.parametrize("keep_input", [False, True])
-def test_norm_act_is_one_operator_for_the_compiler(keep_input):
-    x, scale, shift = norm_tensors(4, 1, (1, 3, 2))
+@pytest.mark.parametrize(("keep_input", "pool"), [(False, False), (True, True)])
+def test_norm_act_is_one_operator_for_the_compiler(keep_input, pool):
+    x, scale, shift = norm_tensors(4, 1, (2, 3, 2))
     torch.library.opcheck(
         torch.ops.amaes.norm_act.default,
         (x.movedim(1, -1).contiguous().requires_grad_(), scale.requires_grad_(), shift.requires_grad_())
-        + (1e-5, 0.01, keep_input),
+        + (1e-5, 0.01, keep_input, pool),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+# Max pooling after them
+
+POOL_CASES = [  # channels, batch, sides, smallest scale, which of the outputs is read
+    (4, 3, (5, 7, 6), 0.5, "both"),
+    (30, 1, (2, 3, 5), 0.01, "both"),
+    (32, 1, (3, 4, 2), 0.5, "pooled"),
+    (320, 1, (2, 2, 3), 0.5, "both"),
+    (4, 1, (5, 2, 3), 0.0, "pooled"),
+]
+
+
+def plain_pool(x, norm):
+    y = NORM._plain(x, norm)
+    return y, F.max_pool3d(y, 2)
+
+
+def joined(function, read="both"):
+    """Map and pooled map of `function` as one tensor, or the pooled one alone."""
+
+    def run(x, norm):
+        y, pooled = function(x, norm)
+        return torch.cat([y.flatten(), pooled.flatten()]) if read == "both" else pooled
+
+    return through_norm(run)
+
+
+@pytest.mark.parametrize(("channels", "batch", "sides", "smallest", "read"), POOL_CASES)
+def test_norm_act_pool(channels, batch, sides, smallest, read):
+    tensors = norm_tensors(channels, batch, sides, smallest)
+    assert_equal_to_plain(joined(ops.norm_act_pool, read), joined(plain_pool, read), tensors)
+
+
+def test_norm_act_pool_in_bfloat16():
+    tensors = norm_tensors(4, 1, (4, 7, 6))
+    assert_no_worse_than_plain(joined(ops.norm_act_pool), joined(plain_pool), tensors)
+
+
+@pytest.mark.parametrize("smallest", [0.5, 1e-9])
+def test_of_equal_numbers_the_first_is_the_maximum_as_in_max_pool3d(smallest):
+    tensors = [randn(2, 4, 4, 5, 6).mul(1.5).round(), *norm_tensors(4, 1, (1, 1, 1), smallest)[1:]]  # few values
+    tensors = [tensor.bfloat16() for tensor in tensors]
+
+    def pooled_after(x, norm):
+        y = ops.norm_act(x, norm)
+        return y, F.max_pool3d(y, 2)
+
+    y, *grads = with_gradients(joined(ops.norm_act_pool, "pooled"), tensors)
+    expected, *expected_grads = with_gradients(joined(pooled_after, "pooled"), tensors)
+    assert torch.equal(y, expected)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert (ours - theirs).abs().max() <= 0.02 * theirs.abs().max()  # a bfloat16 has 8 bits
+
+
+def test_what_is_not_a_number_stays_in_the_pooled_map():
+    x = randn(1, 2, 2, 4, 2)
+    x[0, 0, 1, 1, 0] = float("nan")
+    y, pooled = ops.norm_act_pool(x, norm_of(*norm_tensors(2, 1, (1, 1, 1))[1:]))
+    assert pooled[:, 0].isnan().all()
+    assert torch.equal(pooled[:, 1], F.max_pool3d(y, 2)[:, 1])
+
+
+def test_norm_act_pool_sums_over_several_chunks_and_blocks(monkeypatch):
+    kernels = sys.modules["amaes.models.ops.kernels.norm_act"]
+    for name, value in (("PROGRAMS", 4), ("TILE", 64), ("MOST_CHANNELS", 4)):
+        monkeypatch.setattr(kernels, name, value)
+    assert_equal_to_plain(joined(ops.norm_act_pool), joined(plain_pool), norm_tensors(6, 1, (3, 4, 5)))
 
 
 # Norm, expand, GELU, response norm, project ---------------------------------------------------------------------------

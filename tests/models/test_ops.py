@@ -102,6 +102,20 @@ def test_norm_act_keeps_its_output_and_its_input_only_where_the_scale_is_too_sma
     assert 2 * size <= kept_bytes(ops.norm_act, x, instance_norm(4, scale=1e-4)) < 2.01 * size
 
 
+def test_norm_act_pool_is_bit_for_bit_norm_act_and_max_pool3d():
+    norm, x = instance_norm(3), torch.randn(2, 3, 4, 7, 6)
+    results = []
+    for function in (
+        ops.norm_act_pool,
+        lambda x, norm: (ops.norm_act(x, norm), F.max_pool3d(ops.norm_act(x, norm), 2)),
+    ):
+        y, pooled = function(x, norm)
+        grads = gradients(lambda *inputs, function=function: function(*inputs)[1], x, norm)
+        results.append([y, pooled, *grads])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*results, strict=True))
+    assert results[0][1].shape == (2, 3, 2, 3, 3)
+
+
 def test_two_units_keep_half_of_what_the_plain_modules_keep():
     units = nn.Sequential(ConvUnit(4, 4), ConvUnit(4, 4))
     modules = nn.Sequential(*(m for unit in units for m in (unit.conv, unit.norm, nn.LeakyReLU(0.01))))

@@ -1,7 +1,7 @@
 """The operations that take the networks' time, one file each.
 
     conv          convolution before a norm (`unet.ConvUnit`, `resenc`)
-    norm_act      instance norm and leaky ReLU (`unet.ConvUnit`)
+    norm_act      instance norm and leaky ReLU, and max pooling (`unet.ConvUnit`)
     up_conv       an upsampling and the convolution after it (`decoder.UNetDecoder`)
     depthwise     depthwise convolution (`mednext.Block`)
     norm_mlp      norm, expand, GELU, response norm, project (`mednext.Block`)
@@ -18,7 +18,7 @@ from amaes.models.ops.conv import conv_before_norm
 from amaes.models.ops.depthwise import depthwise
 from amaes.models.ops.dispatch import are_fused, describe
 from amaes.models.ops.masked_error import masked_error
-from amaes.models.ops.norm_act import norm_act, norm_only
+from amaes.models.ops.norm_act import norm_act, norm_act_pool, norm_only
 from amaes.models.ops.norm_mlp import norm_mlp, response_norm
 from amaes.models.ops.pointwise import head, pointwise
 from amaes.models.ops.up_conv import fused_is_cheaper, up_conv
@@ -32,6 +32,7 @@ __all__ = [
     "head",
     "masked_error",
     "norm_act",
+    "norm_act_pool",
     "norm_mlp",
     "norm_only",
     "pointwise",

@@ -1,4 +1,4 @@
-"""Instance norm and leaky ReLU, of which autograd keeps one tensor."""
+"""Instance norm and leaky ReLU, of which autograd keeps one tensor, and max pooling after them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,23 @@ def norm_act(x: torch.Tensor, norm: nn.InstanceNorm3d) -> torch.Tensor:
         norm: affine, without running statistics. Statistics are in float32 (or float64) whatever autocast says.
     """
     if dispatch.use_triton(x):
-        return _triton(x, norm, SLOPE)
+        return _triton(x, norm, SLOPE)[0]
     if torch.compiler.is_compiling():  # one graph, in which the compiler decides what to keep
         return _plain(x, norm)
     return _NormAct.apply(x, norm.weight, norm.bias, norm.eps)
 
 
+def norm_act_pool(x: torch.Tensor, norm: nn.InstanceNorm3d) -> tuple[torch.Tensor, torch.Tensor]:
+    """`norm_act(x, norm)`, and its maxima over blocks of 2x2x2 voxels, as of `max_pool3d`."""
+    if dispatch.use_triton(x):
+        return _triton(x, norm, SLOPE, pool=True)
+    y = norm_act(x, norm)
+    return y, F.max_pool3d(y, 2)
+
+
 def norm_only(x: torch.Tensor, norm: nn.InstanceNorm3d | nn.GroupNorm) -> torch.Tensor:
     """Instance norm, or a group norm of one channel per group: (B, C, X, Y, Z) to the same."""
-    return _triton(x, norm, slope=1.0) if dispatch.use_triton(x) else norm(x)
+    return _triton(x, norm, slope=1.0)[0] if dispatch.use_triton(x) else norm(x)
 
 
 def _plain(x: torch.Tensor, norm: nn.InstanceNorm3d) -> torch.Tensor:
@@ -46,15 +54,20 @@ def _plain(x: torch.Tensor, norm: nn.InstanceNorm3d) -> torch.Tensor:
 # In Triton ------------------------------------------------------------------------------------------------------------
 
 
-def _triton(x: torch.Tensor, norm: nn.InstanceNorm3d | nn.GroupNorm, slope: float) -> torch.Tensor:
-    """As rows of channels: without a copy where `x` is in channels-last memory, in which the output is as well."""
+def _triton(
+    x: torch.Tensor, norm: nn.InstanceNorm3d | nn.GroupNorm, slope: float, pool: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As rows of channels: without a copy where `x` is in channels-last memory, in which the outputs are as well.
+
+    The second output is the first pooled; without `pool` it has no voxels.
+    """
     from amaes.models.ops.kernels.norm_act import norm_act as rows_norm_act
 
     rows = x.movedim(1, -1).contiguous()
     # A graph cannot hold the answer of `_is_invertible`, which may change.
     keep_input = torch.compiler.is_compiling() or (torch.is_grad_enabled() and not _is_invertible(norm))
-    y, _ = rows_norm_act(rows, norm.weight, norm.bias, norm.eps, slope, keep_input)
-    return from_rows(y)
+    y, pooled, _ = rows_norm_act(rows, norm.weight, norm.bias, norm.eps, slope, keep_input, pool)
+    return from_rows(y), from_rows(pooled)
 
 
 def _is_invertible(norm: nn.Module) -> bool:

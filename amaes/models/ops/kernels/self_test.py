@@ -31,7 +31,7 @@ def wrong_operators(device: torch.device) -> list[str]:
     """
     random = torch.Generator().manual_seed(0)
     shapes = [(1, CHANNELS, *SIDES), CHANNELS, CHANNELS, (CHANNELS, CHANNELS), CHANNELS, (CHANNELS, CHANNELS), CHANNELS]
-    shapes += [CHANNELS, CHANNELS, (CHANNELS, 1, 3, 3, 3)]
+    shapes += [CHANNELS, CHANNELS, (CHANNELS, 1, 3, 3, 3), (1, CHANNELS, 2, 3, 4)]
     tensors = [torch.randn(shape, generator=random) for shape in shapes]
     x, scale, shift = tensors[:3]
     tests = {
@@ -40,6 +40,8 @@ def wrong_operators(device: torch.device) -> list[str]:
     }
     for name, keep_input in (("norm_act", True), ("norm_act (inverse)", False)):
         tests[name] = (_triton_norm_act, _plain_norm_act, (x, scale, shift), (keep_input,))
+        options = (keep_input, True)
+        tests[f"{name} with pooling"] = (_triton_norm_act, _plain_norm_act, (tensors[10], scale, shift), options)
     for name, count in (("norm_mlp", 7), ("norm_mlp (response norm)", 9)):
         tests[name] = (_triton_norm_mlp, _plain_norm_mlp, tensors[:count], ())
     for over in RECONSTRUCTION_MEANS:
@@ -52,13 +54,23 @@ def wrong_operators(device: torch.device) -> list[str]:
     return wrong
 
 
-def _triton_norm_act(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, keep_input: bool) -> torch.Tensor:
-    y, _ = rows_norm_act(x.movedim(1, -1).contiguous(), scale, shift, EPS, SLOPE, keep_input)
-    return y.movedim(-1, 1)
+def _triton_norm_act(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, keep_input: bool, pool: bool = False
+) -> torch.Tensor:
+    rows = x.movedim(1, -1).contiguous()
+    y, pooled, _ = rows_norm_act(rows, scale, shift, EPS, SLOPE, keep_input, pool)
+    return _joined(y.movedim(-1, 1), pooled.movedim(-1, 1)) if pool else y.movedim(-1, 1)
 
 
-def _plain_norm_act(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, keep_input: bool) -> torch.Tensor:
-    return F.leaky_relu(F.instance_norm(x, weight=scale, bias=shift, eps=EPS), SLOPE)
+def _plain_norm_act(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, keep_input: bool, pool: bool = False
+) -> torch.Tensor:
+    y = F.leaky_relu(F.instance_norm(x, weight=scale, bias=shift, eps=EPS), SLOPE)
+    return _joined(y, F.max_pool3d(y, 2)) if pool else y
+
+
+def _joined(*maps: torch.Tensor) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in maps])
 
 
 def _triton_norm_mlp(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
