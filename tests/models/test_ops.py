@@ -11,6 +11,7 @@ from amaes.models import LightDecoder, UNet, ops
 from amaes.models.decoder import UNetDecoder
 from amaes.models.mednext import Block
 from amaes.models.ops import dispatch
+from amaes.models.ops.conv import convolve
 from amaes.models.ops.depthwise import _spread
 from amaes.models.ops.norm_act import _NormAct
 from amaes.models.unet import ConvUnit
@@ -145,6 +146,24 @@ def test_a_backward_pass_inside_autocast_gives_the_same_gradients(build):
             y.backward()
         results.append([p.grad.clone() for p in module.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_of_few_channels_has_the_gradients_of_any_other(transposed, bias):
+    torch.manual_seed(0)
+    stride = (2, 2, 2) if transposed else (1, 1, 1)
+    layer = (nn.ConvTranspose3d if transposed else nn.Conv3d)(4, 6, 3, stride, 1, bias=bias).double()
+    x = torch.randn(2, 4, *SIDES, dtype=torch.double)
+
+    def ours(x, layer):
+        y = convolve(x, layer.weight, layer.bias, stride, (1, 1, 1), transposed)
+        assert type(y.grad_fn).__name__ == "_FewChannelsBackward"
+        return y
+
+    assert_close(gradients(ours, x, layer), gradients(lambda x, layer: layer(x), x, layer), 1e-12)
+    layer.requires_grad_(False)
+    assert torch.autograd.grad(ours(x.requires_grad_(), layer).sum(), x)[0].any()
 
 
 def test_shapes_alone_have_gradients_too():

@@ -11,6 +11,7 @@ from amaes.models.ops import dispatch
 from amaes.models.ops.dispatch import autocast_off, compute_dtype, from_rows, without_autocast
 
 MOST_TAPS = 128  # input channels * kernel^3 of a convolution that is computed as a matrix product
+FEW_CHANNELS = 16  # fewer have a quicker backward pass on the CPU
 
 
 def conv_before_norm(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
@@ -20,7 +21,47 @@ def conv_before_norm(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
         x: (B, C, X, Y, Z).
         conv: of odd kernel k, padding k // 2.
     """
-    return _channels_last(x, conv) if dispatch.use_triton(x) else conv(x)
+    if dispatch.use_triton(x):
+        return _channels_last(x, conv)
+    return convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
+
+
+def convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    transposed: bool = False,
+) -> torch.Tensor:
+    """`torch.nn.functional.conv3d`, or `conv_transpose3d`, with a quicker backward pass on the CPU for few channels."""
+    few = 1 < min(x.shape[1], *weight.shape[:2]) < FEW_CHANNELS
+    if few and dispatch.use_cpu_path(x) and compute_dtype(x) == weight.dtype and not torch.compiler.is_compiling():
+        return _FewChannels.apply(x, weight, bias, stride, padding, transposed)
+    return (F.conv_transpose3d if transposed else F.conv3d)(x, weight, bias, stride, padding)
+
+
+# On the CPU -----------------------------------------------------------------------------------------------------------
+
+
+class _FewChannels(torch.autograd.Function):
+    """The backward pass in channels-last memory: with 8 channels oneDNN needs a third of the time."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, transposed):
+        ctx.save_for_backward(x, weight)
+        ctx.about = (stride, padding, [1] * 3, transposed, [0] * 3, 1)  # dilation, padding of the output, groups
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        return torch.convolution(x, weight, bias, *ctx.about)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, grad):
+        tensors = [t.contiguous(memory_format=torch.channels_last_3d) for t in (grad, *ctx.saved_tensors)]
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.aten.convolution_backward(*tensors, ctx.bias_sizes, *ctx.about, wanted)
+        return *(g if g is None else g.contiguous() for g in grads), None, None, None
 
 
 # Beside Triton kernels, on NVIDIA GPUs --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from amaes.models.ops import dispatch
+from amaes.models.ops.conv import convolve
 from amaes.models.ops.dispatch import autocast_off
 
 
@@ -36,7 +37,7 @@ def up_conv(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d) -> torch.T
     """
     with autocast_off(x):  # the fused kernel is rounded once
         kernel = F.conv3d(up.weight, conv.weight, padding=conv.kernel_size[0] - 1)
-    y = F.conv_transpose3d(x, kernel, None, up.stride, conv.padding)
+    y = convolve(x, kernel, None, up.stride, conv.padding, transposed=True)
     with autocast_off(x):
         return y.add_(_bias_map(up.bias, conv, y.shape[2:]).to(y.dtype))
 
