@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from amaes.choices import GRN_DIVISORS
 from amaes.models.decoder import Decoder, stage_widths
-from amaes.models.ops import depthwise, norm_mlp, pointwise
+from amaes.models.ops import add_upsampled, depthwise, every_second, norm_mlp, pointwise
 from amaes.models.stages import run_stage
 
 
@@ -64,18 +63,14 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, X, Y, Z) to (B, O, X', Y', Z'); "down" halves the sides, rounding up, "up" doubles them."""
-        y = depthwise(x, self.depthwise.weight, self.depthwise.bias, self.resample)
         residual = x if self.resample == "same" else None
-        y = norm_mlp(y, self.norm, self.expand, self.project, self.grn, residual)
-        if self.resample == "same":
-            return y
-        weight, bias = self.shortcut.weight, self.shortcut.bias
         if self.resample == "down":
-            return y + pointwise(x, weight, bias, stride=2)
-        # The transposed convolutions end at 2n - 1 voxels, where the shortcut reaches every second one and its bias
-        # all. One plane of zeros comes in front of each axis, which only the decoder's skip connection fills.
-        y = F.pad(y + bias.to(y.dtype)[:, None, None, None], (1, 0, 1, 0, 1, 0))
-        y[..., 1::2, 1::2, 1::2] += pointwise(x, weight.transpose(0, 1))
+            x, residual = every_second(x)
+            residual = pointwise(residual, self.shortcut.weight, self.shortcut.bias)
+        y = depthwise(x, self.depthwise.weight, self.depthwise.bias, self.resample)
+        y = norm_mlp(y, self.norm, self.expand, self.project, self.grn, residual)
+        if self.resample == "up":
+            y = add_upsampled(y, pointwise(x, self.shortcut.weight.transpose(0, 1)), self.shortcut.bias)
         return y
 
 

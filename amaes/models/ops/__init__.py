@@ -6,6 +6,7 @@
     depthwise     depthwise convolution (`mednext.Block`)
     norm_mlp      norm, expand, GELU, response norm, project (`mednext.Block`)
     pointwise     1x1x1 convolution (`mednext`), also of a head (`decoder.Decoder`)
+    shortcut      input of a block that changes the resolution, added to its output (`mednext.Block`)
     masked_error  mean squared error of the masked autoencoder (`objectives.masked`)
 
 A file begins with the function that is called, which chooses the way it is computed. Then come the plain
@@ -21,13 +22,16 @@ from amaes.models.ops.masked_error import masked_error
 from amaes.models.ops.norm_act import norm_act, norm_act_pool, norm_only
 from amaes.models.ops.norm_mlp import norm_mlp, response_norm
 from amaes.models.ops.pointwise import head, pointwise
+from amaes.models.ops.shortcut import add_upsampled, every_second
 from amaes.models.ops.up_conv import fused_is_cheaper, up_conv
 
 __all__ = [
+    "add_upsampled",
     "are_fused",
     "conv_before_norm",
     "depthwise",
     "describe",
+    "every_second",
     "fused_is_cheaper",
     "head",
     "masked_error",

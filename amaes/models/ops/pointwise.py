@@ -9,17 +9,15 @@ from torch import nn
 from amaes.models.ops import dispatch
 
 
-def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: int = 1) -> torch.Tensor:
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """1x1x1 convolution as a matrix product over channels: (B, C, X, Y, Z) to (B, O, X, Y, Z) in channels-last memory.
 
     Args:
         x: input.
         weight: (O, C, 1, 1, 1).
         bias: (O,), or None.
-        stride: of the voxels that are computed, along each axis.
     """
-    rows = x.movedim(1, -1)[:, ::stride, ::stride, ::stride]  # so sliced, the gradient is channels-last too
-    return F.linear(rows, weight.flatten(1), bias).movedim(-1, 1)
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def head(x: torch.Tensor, layer: nn.Conv3d | nn.ConvTranspose3d) -> torch.Tensor:
