@@ -67,13 +67,19 @@ class PlainBlock(nn.Module):
         self.depthwise.padding = tuple(side // 2 for side in self.depthwise.kernel_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()  # our stem writes channels-last tensors, with which PyTorch's depthwise convolution is slow
         h = F.gelu(self.expand(self.norm(self.depthwise(x))))
         if self.grn is not None:
-            g = torch.norm(h, p=2, dim=(-3, -2, -1), keepdim=True)
-            total = g.mean(1, keepdim=True) if self.grn.divisor == "mean" else g.sum(1, keepdim=True)
-            h = self.grn.gamma * (h * (g / (total + 1e-6))) + self.grn.beta + h
+            h = plain_response_norm(h, self.grn)
         residual = x if self.shortcut is None else F.pad(self.shortcut(x), self.front)
         return F.pad(self.project(h), self.front) + residual
+
+
+def plain_response_norm(h: torch.Tensor, grn: nn.Module) -> torch.Tensor:
+    """Global response normalisation as it is published."""
+    g = torch.norm(h, p=2, dim=(-3, -2, -1), keepdim=True)
+    total = g.mean(1, keepdim=True) if grn.divisor == "mean" else g.sum(1, keepdim=True)
+    return grn.gamma * (h * (g / (total + 1e-6))) + grn.beta + h
 
 
 class PlainAttention(nn.Module):
