@@ -82,15 +82,15 @@ class Operation(NamedTuple):
     Attributes:
         x: shape of the input, (B, C, X, Y, Z).
         module: holds the weights.
-        ours, plain: functions of the input.
+        ours, plain: functions of the input, to one tensor or several.
         work: by pass, some of PASSES.
         image: the input is an image, float32, and gets no gradient.
     """
 
     x: tuple[int, ...]
     module: nn.Module
-    ours: Callable[[torch.Tensor], torch.Tensor]
-    plain: Callable[[torch.Tensor], torch.Tensor]
+    ours: Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]]
+    plain: Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]]
     work: dict[str, Work]
     image: bool = False
 
@@ -176,12 +176,43 @@ def _norm_mlp(device: torch.device, channels: int, ratio: int, side: int, batch:
     return Operation(shape, block, lambda x: ops.norm_mlp(x, *parts, layouts["ours"]), plain, work)
 
 
-def _pointwise(device: torch.device, channels: int, outputs: int, side: int, batch: int, stride: int) -> Operation:
-    shape, _ = _cube(batch, channels, side)
-    conv, image = nn.Conv3d(channels, outputs, 1, stride, device=device), channels == 1
-    after = batch * (-(-side // stride)) ** 3
-    work = _product(after * channels, after * outputs, 2 * channels * outputs * after, image)
-    return Operation(shape, conv, lambda x: ops.pointwise(x, conv.weight, conv.bias, stride), conv, work, image)
+def _pointwise(device: torch.device, channels: int, outputs: int, side: int, batch: int) -> Operation:
+    shape, voxels = _cube(batch, channels, side)
+    conv, image = nn.Conv3d(channels, outputs, 1, device=device), channels == 1
+    work = _product(voxels * channels, voxels * outputs, 2 * channels * outputs * voxels, image)
+    return Operation(shape, conv, lambda x: ops.pointwise(x, conv.weight, conv.bias), conv, work, image)
+
+
+def _every_second(device: torch.device, channels: int, side: int, batch: int) -> Operation:
+    """The shortcut of a MedNeXt block of stride 2: a 1x1x1 convolution beside the way of the map itself."""
+    shape, voxels = _cube(batch, channels, side)
+    conv = nn.Conv3d(channels, 2 * channels, 1, stride=2, device=device)
+    work = _product(voxels // 8 * channels, voxels // 8 * 2 * channels, 2 * channels * 2 * channels * voxels / 8, False)
+
+    def ours(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, second = ops.every_second(x)
+        return x, ops.pointwise(second, conv.weight, conv.bias)
+
+    return Operation(shape, conv, ours, lambda x: (x.view_as(x), conv(x)), work)
+
+
+def _add_upsampled(device: torch.device, channels: int, side: int, batch: int) -> Operation:
+    """The shortcut of a MedNeXt block that doubles the sides, added to the block's output."""
+    shape, voxels = _cube(batch, channels, side)
+    half = channels // 2
+    conv = nn.ConvTranspose3d(channels, half, 1, stride=2, device=device)
+    y = torch.randn(batch, half, *[2 * side - 1] * 3, device=device).bfloat16()
+    last, front = y.contiguous(memory_format=torch.channels_last_3d), (1, 0, 1, 0, 1, 0)
+    product, after = 2 * voxels * channels * half, 8 * voxels * half
+    work = {
+        "forward": Work(voxels * channels + 2 * after, product),
+        "backward": Work(2 * voxels * channels + after, 2 * product),
+    }
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return ops.add_upsampled(last, ops.pointwise(x, conv.weight.transpose(0, 1)), conv.bias)
+
+    return Operation(shape, conv, ours, lambda x: F.pad(y, front) + F.pad(conv(x), front), work)
 
 
 def _head(device: torch.device, channels: int, side: int, batch: int) -> Operation:
@@ -214,6 +245,8 @@ OPERATIONS: dict[str, Callable[..., Operation]] = {
     "norm_mlp": _norm_mlp,
     "pointwise": _pointwise,
     "head": _head,
+    "every_second": _every_second,
+    "add_upsampled": _add_upsampled,
     "masked_error": _masked_error,
 }
 
@@ -239,10 +272,9 @@ SIZES: tuple[tuple[str, dict], ...] = (
         )
     ),
     ("norm_only", {"channels": 128, "side": 32, "batch": 2}),
-    *(
-        ("pointwise", {"channels": c, "outputs": o, "side": 128, "batch": b, "stride": stride})
-        for c, o, b, stride in ((1, 32, 1, 1), (32, 64, 1, 2))
-    ),
+    ("pointwise", {"channels": 1, "outputs": 32, "side": 128, "batch": 1}),
+    ("every_second", {"channels": 32, "side": 128, "batch": 1}),
+    ("add_upsampled", {"channels": 64, "side": 64, "batch": 1}),
     ("head", {"channels": 64, "side": 128, "batch": 4}),
     ("masked_error", {"side": 128, "batch": 8}),
 )
@@ -281,7 +313,7 @@ def measure(
     x = x.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
     weights = [p for p in operation.module.parameters() if p.requires_grad]
 
-    def forward() -> torch.Tensor:
+    def forward() -> torch.Tensor | tuple[torch.Tensor, ...]:
         with torch.autocast(device.type, torch.bfloat16):
             return run(x)
 
@@ -294,6 +326,7 @@ def measure(
     return {name: result[name] for name in PASSES if name in result}, operation.work
 
 
-def _backward(y: torch.Tensor, inputs: list[torch.Tensor]) -> Callable[[], object]:
-    grad = torch.randn_like(y)  # in the memory layout of y
-    return lambda: torch.autograd.grad(y, inputs, grad, retain_graph=True, allow_unused=True)
+def _backward(y: torch.Tensor | tuple[torch.Tensor, ...], inputs: list[torch.Tensor]) -> Callable[[], object]:
+    outputs = [output for output in (y if isinstance(y, tuple) else (y,)) if output.requires_grad]
+    grads = [torch.randn_like(output) for output in outputs]  # in the memory layout of each
+    return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True, allow_unused=True)
