@@ -13,13 +13,14 @@ import torch
 from amaes.models.ops import dispatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDING = 1.2 if DEVICE.type == "cuda" else 2.2  # the interpreter cuts digits off where a GPU rounds: twice the error
 
 
 def need_triton() -> None:
     """Import Triton; skip the module that calls this where it is not installed, or does not run."""
     with interpreted():
         triton = pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
-        from amaes.models.ops.kernels import depthwise, norm_act, norm_mlp, self_test  # noqa: F401
+        from amaes.models.ops.kernels import depthwise, norm_act, norm_mlp, self_test, up_conv  # noqa: F401
         from tests.models.counting import count
 
         if DEVICE.type == "cpu":  # its checks of every sum of integers take a third of the time
@@ -59,3 +60,31 @@ def kernels_are_chosen(monkeypatch):
 def randn(*shape, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def with_gradients(function, tensors, *options):
+    """Output, and the gradients of a sum with fixed weights by every tensor."""
+    inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+    y = function(*inputs, *options)
+    weights = randn(*y.shape, seed=9).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), inputs)]
+
+
+def assert_equal_to_plain(kernel, plain, tensors, *options, tolerance=1e-5):
+    ours = with_gradients(kernel, tensors, *options)
+    exact = with_gradients(plain, [tensor.double() for tensor in tensors], *options)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == torch.float32
+        assert (a - b).abs().max() <= tolerance * max(1, b.abs().max())
+
+
+def assert_no_worse_than_plain(kernel, plain, tensors, *options, dtype=torch.bfloat16):
+    """In a short type: as near to the exact numbers as the plain form."""
+    low = [tensor.to(dtype) for tensor in tensors]
+    exact = with_gradients(plain, [tensor.double() for tensor in low], *options)
+    for a, b, true in zip(
+        with_gradients(kernel, low, *options), with_gradients(plain, low, *options), exact, strict=True
+    ):
+        assert a.dtype == dtype
+        assert (a - true).norm() <= ROUNDING * (b - true).norm() + 1e-3 * true.norm()

@@ -11,40 +11,19 @@ from torch import nn
 
 from amaes.models import ops
 from amaes.models.ops import dispatch
-from tests.models.interpreter import DEVICE, kernels_are_chosen, need_triton, randn  # noqa: F401 (a fixture)
+from tests.models.interpreter import (
+    DEVICE,
+    assert_equal_to_plain,
+    assert_no_worse_than_plain,
+    kernels_are_chosen,  # noqa: F401 (a fixture)
+    need_triton,
+    randn,
+    with_gradients,
+)
 
 need_triton()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # of Triton's interpreter
 DEPTHWISE = sys.modules["amaes.models.ops.depthwise"]  # `ops.depthwise` is the function
-ROUNDING = 1.2 if DEVICE.type == "cuda" else 2.2  # the interpreter cuts digits off where a GPU rounds: twice the error
-
-
-def with_gradients(function, tensors, *options):
-    """Output, and the gradients of a sum with fixed weights by every tensor."""
-    inputs = [tensor.clone().requires_grad_() for tensor in tensors]
-    y = function(*inputs, *options)
-    weights = randn(*y.shape, seed=9).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad((y * weights).sum(), inputs)]
-
-
-def assert_equal_to_plain(kernel, plain, tensors, *options, tolerance=1e-5):
-    ours = with_gradients(kernel, tensors, *options)
-    exact = with_gradients(plain, [tensor.double() for tensor in tensors], *options)
-    for a, b in zip(ours, exact, strict=True):
-        assert a.shape == b.shape
-        assert a.dtype == torch.float32
-        assert (a - b).abs().max() <= tolerance * max(1, b.abs().max())
-
-
-def assert_no_worse_than_plain(kernel, plain, tensors, *options, dtype=torch.bfloat16):
-    """In a short type: as near to the exact numbers as the plain form."""
-    low = [tensor.to(dtype) for tensor in tensors]
-    exact = with_gradients(plain, [tensor.double() for tensor in low], *options)
-    for a, b, true in zip(
-        with_gradients(kernel, low, *options), with_gradients(plain, low, *options), exact, strict=True
-    ):
-        assert a.dtype == dtype
-        assert (a - true).norm() <= ROUNDING * (b - true).norm() + 1e-3 * true.norm()
 
 
 # Depthwise convolution ------------------------------------------------------------------------------------------------

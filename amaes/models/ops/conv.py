@@ -72,7 +72,7 @@ def _channels_last(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
 
     cuDNN is slow where the input has few channels, as an image has. That convolution is a product of matrices.
     """
-    weight = conv.weight if conv.bias is None else _ZeroGradient.apply(conv.weight, conv.bias)
+    weight = weight_without_bias(conv)
     few = weight[0].numel() <= MOST_TAPS and conv.stride == (1, 1, 1)
     if few and not x.requires_grad and not torch.compiler.is_compiling():
         dtype = compute_dtype(x)
@@ -82,6 +82,11 @@ def _channels_last(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
         x = from_rows(x[:, 0, ..., None])
     x = x.contiguous(memory_format=torch.channels_last_3d)
     return F.conv3d(x, weight, None, conv.stride, conv.padding)
+
+
+def weight_without_bias(conv: nn.Conv3d) -> torch.Tensor:
+    """The weight, for a convolution before a norm without its bias, which gets a gradient of zeros."""
+    return conv.weight if conv.bias is None else _ZeroGradient.apply(conv.weight, conv.bias)
 
 
 class _ZeroGradient(torch.autograd.Function):

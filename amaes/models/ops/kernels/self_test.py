@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from amaes.models.ops.depthwise import _triton as triton_depthwise
 from amaes.models.ops.kernels.masked_error import masked_error as fused_masked_error
 from amaes.models.ops.kernels.norm_act import norm_act as rows_norm_act
 from amaes.models.ops.kernels.norm_mlp import norm_mlp as rows_norm_mlp
+from amaes.models.ops.kernels.up_conv import interleave
 from amaes.models.ops.masked_error import _plain as plain_masked_error
 from amaes.models.ops.norm_act import SLOPE
 from amaes.models.ops.norm_mlp import response_norm
@@ -32,6 +34,7 @@ def wrong_operators(device: torch.device) -> list[str]:
     random = torch.Generator().manual_seed(0)
     shapes = [(1, CHANNELS, *SIDES), CHANNELS, CHANNELS, (CHANNELS, CHANNELS), CHANNELS, (CHANNELS, CHANNELS), CHANNELS]
     shapes += [CHANNELS, CHANNELS, (CHANNELS, 1, 3, 3, 3), (1, CHANNELS, 2, 3, 4)]
+    shapes += [(1, 3, 4, 3, 8 * CHANNELS), (3, 3, 3, CHANNELS)]
     tensors = [torch.randn(shape, generator=random) for shape in shapes]
     x, scale, shift = tensors[:3]
     tests = {
@@ -46,6 +49,7 @@ def wrong_operators(device: torch.device) -> list[str]:
         tests[name] = (_triton_norm_mlp, _plain_norm_mlp, tensors[:count], ())
     for over in RECONSTRUCTION_MEANS:
         tests[f"masked_error ({over})"] = (_triton_masked_error, _plain_masked_error, (x,), (over,))
+    tests["interleave"] = (interleave, _plain_interleave, tensors[11:13], ())
     wrong = [name for name, test in tests.items() if not _agree(*test, device, torch.float32)]
     if device.type == "cuda":  # products of matrices have kernels of their own
         wrong += [
@@ -101,6 +105,19 @@ def _target_and_mask(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A clean image for the prediction `x`, and every third voxel hidden."""
     voxels = torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:])
     return x.detach().flip(1), voxels % 3 == 1
+
+
+def _plain_interleave(phases: torch.Tensor, border: torch.Tensor) -> torch.Tensor:
+    """By slices; the middle of the border is not added."""
+    sides = [side - 1 for side in phases.shape[1:4]]
+    y = phases.new_empty((len(phases), *(2 * side for side in sides), border.shape[-1]))
+    for phase, (a, b, c) in zip(phases.chunk(8, -1), product((0, 1), repeat=3), strict=True):
+        y[:, a::2, b::2, c::2] = phase[:, a : a + sides[0], b : b + sides[1], c : c + sides[2]]
+    for axis, side in enumerate(sides):
+        index = torch.tensor([0, *[1] * (2 * side - 2), 2], device=border.device)
+        border = border.index_select(axis, index)
+    middle = F.pad(border[1:-1, 1:-1, 1:-1], (0, 0, 1, 1, 1, 1, 1, 1))
+    return y + border - middle
 
 
 def _agree(
