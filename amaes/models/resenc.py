@@ -50,7 +50,7 @@ class ResidualBlock(nn.Module):
             x = F.avg_pool3d(x, self.stride)
         if self.shortcut is not None:
             x = self.shortcut(x, activation=False)
-        return F.leaky_relu(y + x, SLOPE)
+        return F.leaky_relu(y + x, SLOPE, inplace=True)
 
 
 class ResEnc(nn.Module):

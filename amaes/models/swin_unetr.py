@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from amaes.models.decoder import Decoder
+from amaes.models.ops import conv_before_norm, norm_act, norm_only
+from amaes.models.ops.norm_act import SLOPE
 from amaes.models.stages import run_stage
 
 WINDOW = (7, 7, 7)  # tokens
@@ -251,12 +253,15 @@ class SwinResidualBlock(nn.Module):
         self.conv2 = nn.Conv3d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
         same = in_channels == out_channels
         self.shortcut = None if same else nn.Conv3d(in_channels, out_channels, kernel_size=1, bias=False)
+        self.norm = nn.InstanceNorm3d(out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.leaky_relu(F.instance_norm(self.conv1(x)), negative_slope=0.01)
-        y = F.instance_norm(self.conv2(y))
-        residual = x if self.shortcut is None else F.instance_norm(self.shortcut(x))
-        return F.leaky_relu(y + residual, negative_slope=0.01)
+        """(B, C, X, Y, Z) to (B, O, X, Y, Z)."""
+        y = norm_act(conv_before_norm(x, self.conv1), self.norm)
+        y = norm_only(conv_before_norm(y, self.conv2), self.norm)
+        if self.shortcut is not None:
+            x = norm_only(conv_before_norm(x, self.shortcut), self.norm)
+        return F.leaky_relu(y + x, SLOPE, inplace=True)
 
 
 class SwinUNETRDecoder(Decoder):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from amaes.models import LightDecoder, MedNeXt, Network, ResEnc, UNet, UNetDecoder, ops
 from amaes.models.ops import dispatch
 from amaes.models.resenc import ResEncDecoder
+from amaes.models.swin_unetr import SwinResidualBlock
 from amaes.models.unet import ConvBlock
 from tests.models.interpreter import DEVICE, kernels_are_chosen, need_triton, randn, takes_kernels  # noqa: F401
 
@@ -23,6 +24,8 @@ DEPTHWISE = sys.modules["amaes.models.ops.depthwise"]  # `ops.depthwise` is the 
 
 def network(family):
     torch.manual_seed(0)
+    if family == "swin block":
+        return SwinResidualBlock(2, 4).to(DEVICE), randn(1, 2, 3, 4, 5)
     if family in ("unet", "light"):
         encoder = UNet(2 if family == "light" else 1, 4)
         encoder.stages = nn.ModuleList([*encoder.stages[:2], ConvBlock(8, 16, 2)])
@@ -41,7 +44,7 @@ def network(family):
     return net, randn(1, net.in_channels, *((2, 2, 4) if "mednext" in family else (4, 8, 12)))
 
 
-FAMILIES = ("unet", "light", "resenc", "mednext_v2")
+FAMILIES = ("unet", "light", "resenc", "mednext_v2", "swin block")
 
 
 @pytest.fixture

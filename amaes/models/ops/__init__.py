@@ -1,6 +1,6 @@
 """The operations that take the networks' time, one file each.
 
-    conv          convolution before a norm (`unet.ConvUnit`, `resenc`)
+    conv          convolution before a norm (`unet.ConvUnit`, `resenc`, `swin_unetr`)
     norm_act      instance norm and leaky ReLU, and max pooling (`unet.ConvUnit`)
     up_conv       an upsampling and the convolution after it (`decoder.UNetDecoder`)
     depthwise     depthwise convolution (`mednext.Block`)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from amaes.models.ops import dispatch
-from amaes.models.ops.dispatch import from_rows, without_autocast
+from amaes.models.ops.dispatch import from_rows, wide_dtype, without_autocast
 
 SLOPE = 0.01  # of the leaky ReLU for negative numbers
 MAX_SHIFT = 8.0  # largest |shift| / |scale| at which the norm's input is computed from its output: 3 bits are lost
@@ -25,13 +25,13 @@ def norm_act(x: torch.Tensor, norm: nn.InstanceNorm3d) -> torch.Tensor:
 
     Args:
         x: (B, C, X, Y, Z).
-        norm: affine, without running statistics. Statistics are in float32 (or float64) whatever autocast says.
+        norm: without running statistics. Statistics are in float32 (or float64) whatever autocast says.
     """
     if dispatch.use_triton(x):
         return _triton(x, norm, SLOPE)[0]
     if torch.compiler.is_compiling():  # one graph, in which the compiler decides what to keep
         return _plain(x, norm)
-    return _NormAct.apply(x, norm.weight, norm.bias, norm.eps)
+    return _NormAct.apply(x, *_scale_and_shift(x, norm), norm.eps)
 
 
 def norm_act_pool(x: torch.Tensor, norm: nn.InstanceNorm3d) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +51,14 @@ def _plain(x: torch.Tensor, norm: nn.InstanceNorm3d) -> torch.Tensor:
     return F.leaky_relu(norm(x), SLOPE)
 
 
+def _scale_and_shift(x: torch.Tensor, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the norm of `x`, (C,) each; 1 and 0 where it has no parameters."""
+    if norm.weight is not None:
+        return norm.weight, norm.bias
+    ones = x.new_ones(x.shape[1], dtype=wide_dtype(x.dtype))
+    return ones, torch.zeros_like(ones)
+
+
 # In Triton ------------------------------------------------------------------------------------------------------------
 
 
@@ -66,12 +74,14 @@ def _triton(
     rows = x.movedim(1, -1).contiguous()
     # A graph cannot hold the answer of `_is_invertible`, which may change.
     keep_input = torch.compiler.is_compiling() or (torch.is_grad_enabled() and not _is_invertible(norm))
-    y, pooled, _ = rows_norm_act(rows, norm.weight, norm.bias, norm.eps, slope, keep_input, pool)
+    y, pooled, _ = rows_norm_act(rows, *_scale_and_shift(x, norm), norm.eps, slope, keep_input, pool)
     return from_rows(y), from_rows(pooled)
 
 
 def _is_invertible(norm: nn.Module) -> bool:
     """Whether the norm's input can be computed from its output. Only the first call waits for the device."""
+    if norm.weight is None:
+        return True
     if norm not in _answers:
         _answers[norm] = _Answer(norm)
     return _answers[norm].of_this_step(norm)
