@@ -27,7 +27,7 @@ from amaes.augment.intensity import (
     multiplicative_noise,
     voxel_noise,
 )
-from amaes.augment.kspace import ghosting, gibbs_ringing
+from amaes.augment.kspace import even_and_odd, ghosting_weights, gibbs_weights, weight_lines
 from amaes.augment.options import FINETUNE_PRESETS, PRETRAIN_PRESETS, SPATIAL, Options, preset_options
 from amaes.rng import uniform
 
@@ -44,6 +44,7 @@ class Transform:
     fixed: Mapping[str, object] = field(default_factory=dict)  # arguments that are the same for all draws
     tables: tuple[str, ...] = ()  # arguments that are tables, one per axis
     axis: int | None = None  # only volumes that drew this axis
+    weights: Callable[..., np.ndarray] | None = None  # of lines of k-space: the argument instead of what was drawn
 
     @property
     def key(self) -> str:
@@ -144,7 +145,10 @@ class _Augment:
             if (gate := transform.gate(draws)).any():
                 values = {name: getattr(draws, f"{transform.name}_{name}") for name in transform.drawn}
                 values = {name: value.reshape(-1, *value.shape[2:]) for name, value in values.items()}  # (B C, ...)
-                selections[transform.key] = _rows_of(gate.ravel(), values)
+                selections[transform.key] = selection = _rows_of(gate.ravel(), values)
+                if transform.weights is not None:
+                    lines = transform.weights(**selection.drawn, side=self.patch_size[transform.axis])
+                    selection.drawn = {"weights": even_and_odd(lines)}
         selections = _send({key: selection for key, selection in selections.items() if len(selection.rows)}, device)
         noisy = [selection for selection in selections.values() if "key" in selection.drawn]
         if noisy:  # all of it at once, (N, X, Y, Z)
@@ -367,11 +371,20 @@ def _intensity_transforms(options: Options) -> tuple[Transform, ...]:
         Transform("blur", blur, ("sigma",), {"radius": radius, **clip}),
         Transform("multiplicative_noise", multiplicative_noise, ("sigma", "key"), clip),
         *(
-            Transform("ghosting", ghosting, ("alpha", "repetitions"), {"axis": axis, **clip}, axis=axis)
+            Transform(
+                "ghosting",
+                weight_lines,
+                ("alpha", "repetitions"),
+                {"axis": axis, **clip},
+                axis=axis,
+                weights=ghosting_weights,
+            )
             for axis in range(3)
         ),
         *(
-            Transform("gibbs_ringing", gibbs_ringing, ("lines",), {"axis": axis, **clip}, axis=axis)
+            Transform(
+                "gibbs_ringing", weight_lines, ("lines",), {"axis": axis, **clip}, axis=axis, weights=gibbs_weights
+            )
             for axis in range(3)
         ),
         Transform("low_resolution", low_resolution, ("lengths",), tables=("operators", "lost")),
