@@ -112,6 +112,18 @@ def _norm_act(device: torch.device, channels: int, side: int, batch: int, activa
     )
 
 
+def _norm_act_pool(device: torch.device, channels: int, side: int, batch: int) -> Operation:
+    """As `_norm_act`, with the pooled map, and without a gradient of the map itself."""
+    shape, voxels = _cube(batch, channels, side)
+    norm = nn.InstanceNorm3d(channels, affine=True, device=device)
+    work = {"forward": Work(3.125 * voxels * channels), "backward": Work(3.25 * voxels * channels)}
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool3d(F.leaky_relu(norm(x), 0.01, inplace=True), 2)
+
+    return Operation(shape, norm, lambda x: ops.norm_act_pool(x, norm)[1], plain, work)
+
+
 def _norm_only(device: torch.device, channels: int, side: int, batch: int) -> Operation:
     return _norm_act(device, channels, side, batch, activation=False)
 
@@ -132,14 +144,22 @@ def _conv(device: torch.device, channels: int, outputs: int, side: int, batch: i
 
 
 def _up_conv(device: torch.device, channels: int, side: int, batch: int) -> Operation:
-    """An upsampling to half the channels and the 3x3x3 convolution after it; `side` is that before it."""
+    """An upsampling to half the channels, a 3x3x3 convolution, norm and leaky ReLU; `side` is that before them.
+
+    The floor is that of the convolution alone.
+    """
     shape, voxels = _cube(batch, channels, side)
     half = channels // 2
     up = nn.ConvTranspose3d(channels, half, 2, stride=2, device=device)
     conv = nn.Conv3d(half, half, 3, padding=1, device=device)
     work = _product(voxels * channels, 8 * voxels * half, 2 * 64 * channels * half * voxels, image=False)
-    module = nn.ModuleList([up, conv])
-    return Operation(shape, module, lambda x: ops.up_conv(x, up, conv), lambda x: conv(up(x)), work)
+    norm = nn.InstanceNorm3d(half, affine=True, device=device)
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return F.leaky_relu(norm(conv(up(x))), 0.01, inplace=True)
+
+    module = nn.ModuleList([up, conv, norm])
+    return Operation(shape, module, lambda x: ops.up_conv_norm_act(x, up, conv, norm), plain, work)
 
 
 def _depthwise(device: torch.device, channels: int, side: int, batch: int, kernel: int, resample: str) -> Operation:
@@ -238,9 +258,10 @@ def _masked_error(device: torch.device, side: int, batch: int) -> Operation:
 
 OPERATIONS: dict[str, Callable[..., Operation]] = {
     "norm_act": _norm_act,
+    "norm_act_pool": _norm_act_pool,
     "norm_only": _norm_only,
     "conv_before_norm": _conv,
-    "up_conv": _up_conv,
+    "up_conv_norm_act": _up_conv,
     "depthwise": _depthwise,
     "norm_mlp": _norm_mlp,
     "pointwise": _pointwise,
@@ -255,8 +276,9 @@ _CONVS = ((1, 64, 128), (64, 64, 128), (64, 128, 64), (128, 128, 64), (128, 256,
 _CONVS += ((256, 512, 16), (512, 512, 16), (512, 1024, 8), (1024, 1024, 8))
 SIZES: tuple[tuple[str, dict], ...] = (
     *(("norm_act", {"channels": c, "side": side, "batch": 4}) for c, side in ((64, 128), (128, 64), (32, 128))),
+    ("norm_act_pool", {"channels": 64, "side": 128, "batch": 4}),
     *(("conv_before_norm", {"channels": c, "outputs": o, "side": side, "batch": 4}) for c, o, side in _CONVS),
-    *(("up_conv", {"channels": c, "side": 8192 // c, "batch": 4}) for c in (128, 256, 512, 1024)),
+    *(("up_conv_norm_act", {"channels": c, "side": 8192 // c, "batch": 4}) for c in (128, 256, 512, 1024)),
     *(
         ("depthwise", {"channels": c, "side": side, "batch": b, "kernel": k, "resample": r})
         for c, side, b, k, r in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from amaes.models.ops import conv_before_norm, norm_act, norm_act_pool, up_conv
+from amaes.models.ops import conv_before_norm, norm_act, norm_act_pool, up_conv_norm_act
 from amaes.models.stages import run_stage
 
 NUM_STAGES = 5  # full resolution, then four halvings
@@ -21,7 +21,9 @@ class ConvUnit(nn.Module):
 
     def forward(self, x: torch.Tensor, up: nn.ConvTranspose3d | None = None) -> torch.Tensor:
         """See `ConvBlock`."""
-        return norm_act(conv_before_norm(x, self.conv) if up is None else up_conv(x, up, self.conv), self.norm)
+        if up is None:
+            return norm_act(conv_before_norm(x, self.conv), self.norm)
+        return up_conv_norm_act(x, up, self.conv, self.norm)
 
     def pooled(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The unit's map, and its maxima over blocks of 2x2x2 voxels."""

@@ -20,7 +20,7 @@ def need_triton() -> None:
     """Import Triton; skip the module that calls this where it is not installed, or does not run."""
     with interpreted():
         triton = pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
-        from amaes.models.ops.kernels import depthwise, norm_act, norm_mlp, self_test, up_conv  # noqa: F401
+        from amaes.models.ops.kernels import depthwise, norm_act, norm_mlp, phases, self_test  # noqa: F401
         from tests.models.counting import count
 
         if DEVICE.type == "cpu":  # its checks of every sum of integers take a third of the time

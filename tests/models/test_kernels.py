@@ -197,7 +197,7 @@ def test_norm_act_is_one_operator_for_the_compiler(keep_input, pool):
     x, scale, shift = norm_tensors(4, 1, (2, 3, 2))
     torch.library.opcheck(
         torch.ops.amaes.norm_act.default,
-        (x.movedim(1, -1).contiguous().requires_grad_(), scale.requires_grad_(), shift.requires_grad_())
+        (x.movedim(1, -1).contiguous().requires_grad_(), None, scale.requires_grad_(), shift.requires_grad_())
         + (1e-5, 0.01, keep_input, pool),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )

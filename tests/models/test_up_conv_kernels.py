@@ -11,7 +11,6 @@ from torch import nn
 from amaes.models import ops
 from tests.models.interpreter import (
     DEVICE,
-    ROUNDING,
     assert_equal_to_plain,
     kernels_are_chosen,  # noqa: F401 (a fixture)
     need_triton,
@@ -20,56 +19,81 @@ from tests.models.interpreter import (
 
 need_triton()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # of Triton's interpreter
-KERNELS = sys.modules["amaes.models.ops.kernels.up_conv"]
-CASES = [  # channels in, between and out, batch, sides
-    (4, 3, 4, 3, (2, 3, 1)),
-    (2, 2, 30, 1, (1, 2, 3)),
-    (2, 3, 32, 3, (1, 1, 2)),
-    (3, 2, 320, 1, (1, 2, 1)),
+PHASES = sys.modules["amaes.models.ops.kernels.phases"]
+UP_CONV = sys.modules["amaes.models.ops.up_conv"]
+NORM_ACT = sys.modules["amaes.models.ops.kernels.norm_act"]
+CASES = [  # channels in, between and out, batch, sides, scale of a channel
+    (4, 3, 4, 3, (2, 3, 1), 1.0),
+    (2, 2, 30, 1, (1, 2, 3), 0.01),
+    (2, 3, 32, 3, (1, 2, 2), 1.0),
+    (3, 2, 320, 1, (2, 2, 1), 1.0),
 ]
 
 
-def given(channels, between, out, batch, sides):
-    """Image, weight and bias of the upsampling, weight of the convolution."""
+def given(channels, between, out, batch, sides, smallest=1.0):
+    """Image, weight and bias of the upsampling, weight of the convolution, scale and shift of the norm."""
     shapes = [(batch, channels, *sides), (channels, between, 2, 2, 2), (between,), (out, between, 3, 3, 3)]
-    return [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    scale = 1 + randn(out, seed=5).abs()
+    scale[0] = smallest
+    return [*(randn(*shape, seed=i) for i, shape in enumerate(shapes)), scale, randn(out, seed=6).clamp(-1, 1)]
 
 
-def by_phases(x, up_weight, up_bias, weight):
+def norm_of(scale, shift):
+    norm = nn.InstanceNorm3d(len(scale), affine=True)
+    del norm.weight, norm.bias
+    norm.weight, norm.bias = scale, shift  # no parameters, so that gradients reach the tensors
+    return norm
+
+
+def by_phases(x, up_weight, up_bias, weight, scale, shift):
     up = SimpleNamespace(weight=up_weight, bias=up_bias, stride=(2, 2, 2))
-    return ops.up_conv(x, up, SimpleNamespace(weight=weight, bias=None, kernel_size=(3, 3, 3)))
+    conv = SimpleNamespace(weight=weight, bias=None, kernel_size=(3, 3, 3))
+    return ops.up_conv_norm_act(x, up, conv, norm_of(scale, shift))
 
 
-def in_two_steps(x, up_weight, up_bias, weight):
-    """Without what the bias adds far from the faces: a constant, which the norm after it takes away."""
+def in_two_steps(x, up_weight, up_bias, weight, scale, shift):
     y = F.conv3d(F.conv_transpose3d(x, up_weight, up_bias, stride=2), weight, padding=1)
-    return y - (weight.sum((2, 3, 4)) @ up_bias).view(1, -1, 1, 1, 1)
+    return F.leaky_relu(F.instance_norm(y, weight=scale, bias=shift), 0.01)
 
 
-@pytest.mark.parametrize(("channels", "between", "out", "batch", "sides"), CASES)
-def test_phases_are_the_upsampling_and_the_convolution(channels, between, out, batch, sides):
-    assert_equal_to_plain(by_phases, in_two_steps, given(channels, between, out, batch, sides))
+@pytest.mark.parametrize(("channels", "between", "out", "batch", "sides", "smallest"), CASES)
+def test_phases_are_the_upsampling_and_the_convolution(channels, between, out, batch, sides, smallest):
+    assert_equal_to_plain(by_phases, in_two_steps, given(channels, between, out, batch, sides, smallest))
 
 
 def test_several_tiles_blocks_of_channels_and_chunks_of_a_face(monkeypatch):
-    for name, value in (("TILE", 32), ("MOST_CHANNELS", 4), ("MOST_CHUNKS", 2)):
-        monkeypatch.setattr(KERNELS, name, value)
+    for name, value in (("TILE", 32), ("MOST_CHANNELS", 4)):
+        monkeypatch.setattr(PHASES, name, value)
+        monkeypatch.setattr(NORM_ACT, name, value)
+    monkeypatch.setattr(PHASES, "MOST_CHUNKS", 2)
+    monkeypatch.setattr(NORM_ACT, "PROGRAMS", 4)
     assert_equal_to_plain(by_phases, in_two_steps, given(2, 2, 6, 1, (2, 2, 3)))
 
 
 def test_under_autocast_the_composed_weights_are_rounded_once():
-    tensors = given(16, 8, 8, 1, (3, 2, 4))
-    exact = in_two_steps(*(tensor.double() for tensor in tensors))
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        one, two = by_phases(*tensors), in_two_steps(*tensors)
-    assert one.dtype == torch.bfloat16
-    assert one.movedim(1, -1).is_contiguous()
-    assert (one - exact).norm() <= ROUNDING / 2 * (two - exact).norm()
+    x, up_weight, up_bias, weight, *_ = tensors = given(16, 8, 8, 1, (3, 2, 4))
+
+    def phases(x, weight, *of_up):
+        up = SimpleNamespace(weight=of_up[0], bias=of_up[1])
+        return UP_CONV._phases(x, up, SimpleNamespace(weight=weight, bias=None))[0]
+
+    def two_steps(x, weight, *of_up):
+        return F.conv3d(F.conv_transpose3d(x, *of_up, stride=2), weight, padding=1)
+
+    errors = []
+    for function in (phases, two_steps):
+        exact = function(*(tensor.double() for tensor in (x, weight, up_weight, up_bias)))
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            y = function(x, weight, up_weight, up_bias)
+            assert y.dtype == by_phases(*tensors).dtype == torch.bfloat16
+        errors.append((y - exact).norm() / exact.norm())
+    assert errors[0] < errors[1] < 0.02
 
 
 def test_the_bias_of_the_convolution_has_a_gradient_of_zeros():
     up, conv = nn.ConvTranspose3d(4, 2, 2, 2, device=DEVICE), nn.Conv3d(2, 2, 3, padding=1, device=DEVICE)
-    ops.up_conv(randn(1, 4, 1, 2, 1), up, conv).square().sum().backward()
+    norm = nn.InstanceNorm3d(2, affine=True, device=DEVICE)
+    ops.up_conv_norm_act(randn(1, 4, 1, 2, 1), up, conv, norm).pow(3).sum().backward()
     assert torch.equal(conv.bias.grad, torch.zeros_like(conv.bias))
     assert up.bias.grad.abs().max() > 0
 
@@ -78,15 +102,17 @@ def test_other_steps_and_kernels_have_no_phases():
     for step, kernel in ((3, 3), (2, 5)):
         up = nn.ConvTranspose3d(4, 2, step, step, device=DEVICE)
         conv = nn.Conv3d(2, 2, kernel, padding=kernel // 2, device=DEVICE)
-        x = randn(1, 4, 2, 1, 3)
-        assert (ops.up_conv(x, up, conv) - conv(up(x))).abs().max() < 1e-5
+        norm, x = nn.InstanceNorm3d(2, affine=True, device=DEVICE), randn(1, 4, 2, 1, 3)
+        y = ops.up_conv_norm_act(x, up, conv, norm)
+        assert (y - F.leaky_relu(norm(conv(up(x))), 0.01)).abs().max() < 1e-5
 
 
-def test_interleaving_is_one_operator_for_the_compiler():
-    phases, border = randn(1, 2, 3, 2, 8 * 4), randn(3, 3, 3, 4)
+@pytest.mark.parametrize("keep_input", [False, True])
+def test_a_norm_of_phases_is_one_operator_for_the_compiler(keep_input):
+    tensors = [randn(1, 2, 3, 2, 8 * 4), randn(3, 3, 3, 4), randn(4), randn(4)]
     torch.library.opcheck(
-        torch.ops.amaes.interleave.default,
-        (phases.requires_grad_(), border.requires_grad_()),
+        torch.ops.amaes.norm_act.default,
+        (*(tensor.requires_grad_() for tensor in tensors), 1e-5, 0.01, keep_input, False),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

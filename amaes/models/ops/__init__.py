@@ -2,7 +2,7 @@
 
     conv          convolution before a norm (`unet.ConvUnit`, `resenc`, `swin_unetr`)
     norm_act      instance norm and leaky ReLU, and max pooling (`unet.ConvUnit`)
-    up_conv       an upsampling and the convolution after it (`decoder.UNetDecoder`)
+    up_conv       an upsampling, the convolution after it, norm and leaky ReLU (`decoder.UNetDecoder`)
     depthwise     depthwise convolution (`mednext.Block`)
     norm_mlp      norm, expand, GELU, response norm, project (`mednext.Block`)
     pointwise     1x1x1 convolution (`mednext`), also of a head (`decoder.Decoder`)
@@ -23,7 +23,7 @@ from amaes.models.ops.norm_act import norm_act, norm_act_pool, norm_only
 from amaes.models.ops.norm_mlp import norm_mlp, response_norm
 from amaes.models.ops.pointwise import head, pointwise
 from amaes.models.ops.shortcut import add_upsampled, every_second
-from amaes.models.ops.up_conv import fused_is_cheaper, up_conv
+from amaes.models.ops.up_conv import fused_is_cheaper, up_conv, up_conv_norm_act
 
 __all__ = [
     "add_upsampled",
@@ -42,4 +42,5 @@ __all__ = [
     "pointwise",
     "response_norm",
     "up_conv",
+    "up_conv_norm_act",
 ]

@@ -42,6 +42,17 @@ def norm_act_pool(x: torch.Tensor, norm: nn.InstanceNorm3d) -> tuple[torch.Tenso
     return y, F.max_pool3d(y, 2)
 
 
+def norm_act_of_phases(phases: torch.Tensor, border: torch.Tensor, norm: nn.InstanceNorm3d) -> torch.Tensor:
+    """`norm_act` of a map that is given in its 8 phases and a border (`kernels.phases`), where `use_triton` says so.
+
+    Args:
+        phases: (B, 8 C, X / 2 + 1, Y / 2 + 1, Z / 2 + 1).
+        border: (3, 3, 3, C), float32.
+        norm: see `norm_act`.
+    """
+    return _triton(phases, norm, SLOPE, border=border)[0]
+
+
 def norm_only(x: torch.Tensor, norm: nn.InstanceNorm3d | nn.GroupNorm) -> torch.Tensor:
     """Instance norm, or a group norm of one channel per group: (B, C, X, Y, Z) to the same."""
     return _triton(x, norm, slope=1.0)[0] if dispatch.use_triton(x) else norm(x)
@@ -63,7 +74,11 @@ def _scale_and_shift(x: torch.Tensor, norm: nn.Module) -> tuple[torch.Tensor, to
 
 
 def _triton(
-    x: torch.Tensor, norm: nn.InstanceNorm3d | nn.GroupNorm, slope: float, pool: bool = False
+    x: torch.Tensor,
+    norm: nn.InstanceNorm3d | nn.GroupNorm,
+    slope: float,
+    pool: bool = False,
+    border: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As rows of channels: without a copy where `x` is in channels-last memory, in which the outputs are as well.
 
@@ -74,7 +89,7 @@ def _triton(
     rows = x.movedim(1, -1).contiguous()
     # A graph cannot hold the answer of `_is_invertible`, which may change.
     keep_input = torch.compiler.is_compiling() or (torch.is_grad_enabled() and not _is_invertible(norm))
-    y, pooled, _ = rows_norm_act(rows, *_scale_and_shift(x, norm), norm.eps, slope, keep_input, pool)
+    y, pooled, _ = rows_norm_act(rows, border, *_scale_and_shift(x, norm), norm.eps, slope, keep_input, pool)
     return from_rows(y), from_rows(pooled)
 
 

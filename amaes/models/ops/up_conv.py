@@ -1,4 +1,4 @@
-"""An upsampling and the convolution after it as one convolution of composed weights."""
+"""An upsampling and the convolution after it as one convolution of composed weights, before a norm."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from torch import nn
 
 from amaes.models.ops import dispatch
 from amaes.models.ops.conv import convolve, weight_without_bias
-from amaes.models.ops.dispatch import autocast_off, compute_dtype, from_rows, to_rows
+from amaes.models.ops.dispatch import autocast_off, compute_dtype
+from amaes.models.ops.norm_act import norm_act, norm_act_of_phases
 
 FLOAT32_COST = 8  # of a multiplication in float32 on a GPU, as in composing weights, beside one in 16 bits
 
 
 def fused_is_cheaper(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d) -> bool:
-    """Whether `up_conv` needs less arithmetic than its two convolutions, the product of their weights included.
+    """Whether `up_conv_norm_act` needs less arithmetic than two convolutions, the product of their weights included.
 
     On the CPU, where it was measured, and beside Triton kernels; elsewhere False.
     """
@@ -31,20 +32,29 @@ def fused_is_cheaper(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d) -
     return fused_kernel * (voxels / step**3 + composing * up.out_channels) < per_voxel * voxels
 
 
-def up_conv(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d) -> torch.Tensor:
-    """`conv(up(x))` as one convolution; the upsampled map is not written, nor kept for the backward pass.
+def up_conv_norm_act(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d, norm: nn.InstanceNorm3d) -> torch.Tensor:
+    """`norm_act(conv(up(x)), norm)`, of which the upsampled map is not written, nor kept for the backward pass.
 
-    Both are linear, so their composition is one linear map, whose kernel is the convolution of theirs. It needs 32
-    instead of 58 multiply-adds per voxel and pair of channels where sides and channels are halved and the kernel is 3.
-    Beside Triton kernels the sum lacks a constant of each channel, which the norm after it takes away again.
+    Upsampling and convolution are linear, so their composition is one linear map, whose kernel is the convolution of
+    theirs.
 
     Args:
         x: (B, C, X, Y, Z).
         up: kernel equal to its stride, with bias.
         conv: odd kernel k, padding k // 2, with bias.
+        norm: see `norm_act`.
     """
     if dispatch.use_triton(x) and _has_phases(up, conv):
-        return _triton(x, up, conv)
+        return norm_act_of_phases(*_phases(x, up, conv), norm)
+    return norm_act(up_conv(x, up, conv), norm)
+
+
+def up_conv(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d) -> torch.Tensor:
+    """`conv(up(x))` as one transposed convolution.
+
+    It needs 32 instead of 58 multiply-adds per voxel and pair of channels where sides and channels are halved and the
+    kernel is 3.
+    """
     with autocast_off(x):  # the fused kernel is rounded once
         kernel = F.conv3d(up.weight, conv.weight, padding=conv.kernel_size[0] - 1)
     y = convolve(x, kernel, None, up.stride, conv.padding, transposed=True)
@@ -72,14 +82,15 @@ def _has_phases(up: nn.ConvTranspose3d, conv: nn.Conv3d) -> bool:
     return (up.stride, conv.kernel_size) == ((2, 2, 2), (3, 3, 3))
 
 
-def _triton(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d) -> torch.Tensor:
-    """The 8 phases, voxels of even and odd places along each axis, as one convolution; then they are interleaved.
+def _phases(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 8 phases of `conv(up(x))`, its voxels of even and odd places along each axis, as one convolution; the border.
+
+    Without the bias of `conv`, which the norm takes away again. What the bias of `up` adds is a constant, too, but at
+    the faces, over which `conv` reaches: the border is the difference, (3, 3, 3, O), of first, middle and last voxels.
 
     Along an axis, voxels 2m and 2m + 1 of the upsampled map come from voxel m of `x`. The convolution reads
     2m + p - 1, 2m + p and 2m + p + 1 for phase p, which come from m + p - 1 and m + p: two taps.
     """
-    from amaes.models.ops.kernels.up_conv import interleave
-
     dtype, weight = compute_dtype(x), weight_without_bias(conv)
     with autocast_off(x):
         taps = F.conv3d(weight, up.weight, padding=1)  # (O, C, 4, 4, 4), of each axis 2 * tap + phase
@@ -90,4 +101,4 @@ def _triton(x: torch.Tensor, up: nn.ConvTranspose3d, conv: nn.Conv3d) -> torch.T
         bias = up.bias.view(1, -1, 1, 1, 1).expand(1, -1, 3, 3, 3)
         border = F.conv3d(bias, weight, padding=1)
         border = border - border[..., 1:2, 1:2, 1:2]
-        return from_rows(interleave(to_rows(phases), border[0].movedim(0, -1).contiguous()))
+        return phases, border[0].movedim(0, -1).contiguous()

@@ -15,7 +15,6 @@ from amaes.models.ops.depthwise import _triton as triton_depthwise
 from amaes.models.ops.kernels.masked_error import masked_error as fused_masked_error
 from amaes.models.ops.kernels.norm_act import norm_act as rows_norm_act
 from amaes.models.ops.kernels.norm_mlp import norm_mlp as rows_norm_mlp
-from amaes.models.ops.kernels.up_conv import interleave
 from amaes.models.ops.masked_error import _plain as plain_masked_error
 from amaes.models.ops.norm_act import SLOPE
 from amaes.models.ops.norm_mlp import response_norm
@@ -45,11 +44,12 @@ def wrong_operators(device: torch.device) -> list[str]:
         tests[name] = (_triton_norm_act, _plain_norm_act, (x, scale, shift), (keep_input,))
         options = (keep_input, True)
         tests[f"{name} with pooling"] = (_triton_norm_act, _plain_norm_act, (tensors[10], scale, shift), options)
+        of_phases = (tensors[11], scale, shift, tensors[12])
+        tests[f"{name} of phases"] = (_triton_norm_act_of_phases, _plain_norm_act_of_phases, of_phases, (keep_input,))
     for name, count in (("norm_mlp", 7), ("norm_mlp (response norm)", 9)):
         tests[name] = (_triton_norm_mlp, _plain_norm_mlp, tensors[:count], ())
     for over in RECONSTRUCTION_MEANS:
         tests[f"masked_error ({over})"] = (_triton_masked_error, _plain_masked_error, (x,), (over,))
-    tests["interleave"] = (interleave, _plain_interleave, tensors[11:13], ())
     wrong = [name for name, test in tests.items() if not _agree(*test, device, torch.float32)]
     if device.type == "cuda":  # products of matrices have kernels of their own
         wrong += [
@@ -62,7 +62,7 @@ def _triton_norm_act(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, keep_input: bool, pool: bool = False
 ) -> torch.Tensor:
     rows = x.movedim(1, -1).contiguous()
-    y, pooled, _ = rows_norm_act(rows, scale, shift, EPS, SLOPE, keep_input, pool)
+    y, pooled, _ = rows_norm_act(rows, None, scale, shift, EPS, SLOPE, keep_input, pool)
     return _joined(y.movedim(-1, 1), pooled.movedim(-1, 1)) if pool else y.movedim(-1, 1)
 
 
@@ -71,6 +71,28 @@ def _plain_norm_act(
 ) -> torch.Tensor:
     y = F.leaky_relu(F.instance_norm(x, weight=scale, bias=shift, eps=EPS), SLOPE)
     return _joined(y, F.max_pool3d(y, 2)) if pool else y
+
+
+def _triton_norm_act_of_phases(
+    phases: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, border: torch.Tensor, keep_input: bool
+) -> torch.Tensor:
+    y, _, _ = rows_norm_act(phases, border, scale, shift, EPS, SLOPE, keep_input, False)
+    return y.movedim(-1, 1)
+
+
+def _plain_norm_act_of_phases(
+    phases: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, border: torch.Tensor, keep_input: bool
+) -> torch.Tensor:
+    """By slices; the middle of the border is not added."""
+    sides = [side - 1 for side in phases.shape[1:4]]
+    y = phases.new_empty((len(phases), *(2 * side for side in sides), border.shape[-1]))
+    for phase, (a, b, c) in zip(phases.chunk(8, -1), product((0, 1), repeat=3), strict=True):
+        y[:, a::2, b::2, c::2] = phase[:, a : a + sides[0], b : b + sides[1], c : c + sides[2]]
+    for axis, side in enumerate(sides):
+        index = torch.tensor([0, *[1] * (2 * side - 2), 2], device=border.device)
+        border = border.index_select(axis, index)
+    middle = F.pad(border[1:-1, 1:-1, 1:-1], (0, 0, 1, 1, 1, 1, 1, 1))
+    return _plain_norm_act((y + border - middle).movedim(-1, 1), scale, shift, keep_input)
 
 
 def _joined(*maps: torch.Tensor) -> torch.Tensor:
@@ -105,19 +127,6 @@ def _target_and_mask(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A clean image for the prediction `x`, and every third voxel hidden."""
     voxels = torch.arange(x[0, 0].numel(), device=x.device).view(1, 1, *x.shape[2:])
     return x.detach().flip(1), voxels % 3 == 1
-
-
-def _plain_interleave(phases: torch.Tensor, border: torch.Tensor) -> torch.Tensor:
-    """By slices; the middle of the border is not added."""
-    sides = [side - 1 for side in phases.shape[1:4]]
-    y = phases.new_empty((len(phases), *(2 * side for side in sides), border.shape[-1]))
-    for phase, (a, b, c) in zip(phases.chunk(8, -1), product((0, 1), repeat=3), strict=True):
-        y[:, a::2, b::2, c::2] = phase[:, a : a + sides[0], b : b + sides[1], c : c + sides[2]]
-    for axis, side in enumerate(sides):
-        index = torch.tensor([0, *[1] * (2 * side - 2), 2], device=border.device)
-        border = border.index_select(axis, index)
-    middle = F.pad(border[1:-1, 1:-1, 1:-1], (0, 0, 1, 1, 1, 1, 1, 1))
-    return y + border - middle
 
 
 def _agree(
