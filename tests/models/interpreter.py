@@ -26,11 +26,27 @@ def need_triton() -> None:
         if DEVICE.type == "cpu":  # its checks of every sum of integers take a third of the time
             builder = triton.runtime.interpreter.interpreter_builder
             builder.options = replace(builder.options, sanitize_overflow=False)
+            patch_the_language_once(triton)
         try:
             count[(1,)](torch.zeros(3, dtype=torch.int32, device=DEVICE), 3)
         except Exception as error:
             versions = f"Triton {triton.__version__} does not run with numpy {np.__version__}"
             pytest.skip(f"{versions}: {error}; pip install -e '.[dev]'", allow_module_level=True)
+
+
+def patch_the_language_once(triton) -> None:
+    """The interpreter puts its functions into Triton's modules anew in every function of a kernel: a third of the time.
+
+    Here it does so where they are not there yet.
+    """
+    language, interpreter = triton.language, triton.runtime.interpreter
+    patch = interpreter._patch_lang
+
+    def patch_once(function):
+        modules = [m for m in (language, language.core) if any(m is value for value in function.__globals__.values())]
+        return patch(function) if any(language.core.is_builtin(module.load) for module in modules) else None
+
+    interpreter._patch_lang = patch_once
 
 
 @contextmanager

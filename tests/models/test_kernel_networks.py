@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amaes.models import LightDecoder, MedNeXt, Network, ResEnc, UNet, UNetDecoder, ops
+from amaes.models import LightDecoder, MedNeXt, Network, UNet, UNetDecoder, ops
 from amaes.models.ops import dispatch
-from amaes.models.resenc import ResEncDecoder
 from amaes.models.swin_unetr import SwinResidualBlock
 from amaes.models.unet import ConvBlock
+from tests import formula
 from tests.models.interpreter import DEVICE, kernels_are_chosen, need_triton, randn, takes_kernels  # noqa: F401
+from tests.models.test_models import small_reference
+from tests.models.test_resenc import reference_network
 
 need_triton()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # of Triton's interpreter
@@ -31,10 +33,9 @@ def network(family):
         encoder.stages = nn.ModuleList([*encoder.stages[:2], ConvBlock(8, 16, 2)])
         encoder.channels, encoder.strides = (4, 8, 16), (1, 2, 4)
         build = LightDecoder if family == "light" else UNetDecoder
-    elif family == "resenc":
-        encoder, build = ResEnc(1, (4, 6, 8), (1, 2, 1)), ResEncDecoder
     else:
-        encoder = MedNeXt(1, 4, (1, 1), (2, 2), grn="mean" if family == "mednext_v2" else None)
+        kernel_size, grn = 5 if family == "mednext_k5" else 3, "mean" if family == "mednext_v2" else None
+        encoder = MedNeXt(1, 4, (1, 1), (2, 2), kernel_size, grn)
         build = encoder.decoders["mednext"]
     decoder = build(encoder.channels, encoder.strides, 2)
     net = Network(encoder, decoder, 2 if family == "light" else 1).to(DEVICE)
@@ -44,7 +45,7 @@ def network(family):
     return net, randn(1, net.in_channels, *((2, 2, 4) if "mednext" in family else (4, 8, 12)))
 
 
-FAMILIES = ("unet", "light", "resenc", "mednext_v2", "swin block")
+FAMILIES = ("light", "mednext_v2", "mednext_k5", "swin block")
 
 
 @pytest.fixture
@@ -66,6 +67,40 @@ def test_networks_by_kernels_are_the_networks(family, monkeypatch):
         results.append([y.detach(), *(p.grad for p in net.parameters() if p.requires_grad)])
     for ours, plain in zip(*results, strict=True):
         assert (ours - plain).abs().max() <= 1e-4 * max(1, plain.abs().max())
+
+
+NETWORKS = {  # of the reference, and the sides of an image
+    "unet": (lambda: small_reference("unet_f4_std_skips_ds"), (16, 32, 32)),
+    "resenc": (reference_network, (8, 16, 24)),
+}
+
+
+@pytest.fixture
+def large_programs(monkeypatch):
+    """So that the interpreter runs few."""
+    if DEVICE.type == "cpu":
+        for name, size in {"PROGRAMS": 1, "TILE": 2**15}.items():
+            monkeypatch.setattr(f"amaes.models.ops.kernels.norm_act.{name}", size)
+
+
+@pytest.mark.usefixtures("composing_is_free", "large_programs")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_the_reference_by_kernels_are_the_networks(name, monkeypatch):
+    build, sides = NETWORKS[name]
+    net, x = build().float().to(DEVICE), formula.image(1, 1, *sides).to(DEVICE)
+    outputs, gradients = [], []
+    for way in (takes_kernels, lambda x: False):
+        monkeypatch.setattr(dispatch, "use_triton", way)
+        net.zero_grad()
+        y = net(x)
+        outputs.append(y if isinstance(y, list) else [y])
+        sum(output.square().mean() for output in outputs[-1]).backward()
+        gradients.append([p.grad for p in net.parameters()])
+    for ours, plain in zip(*outputs, strict=True):
+        assert (ours - plain).abs().max() <= 1e-5 * max(1, plain.abs().max())
+    floor = 1e-3 * max(plain.norm() for plain in gradients[1])
+    for ours, plain in zip(*gradients, strict=True):
+        assert (ours - plain).norm() <= 1e-3 * max(plain.norm(), floor)
 
 
 class Layouts(TorchDispatchMode):
