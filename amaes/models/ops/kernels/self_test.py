@@ -24,6 +24,7 @@ CHANNELS, SIDES = 8, (1, 3, 2)
 EPS = 1e-5
 
 
+@torch.inference_mode(False)  # a prediction may be the first to ask
 def wrong_operators(device: torch.device) -> list[str]:
     """Operators whose output or gradients on `device` are not those of the plain form on the CPU in float32.
 
