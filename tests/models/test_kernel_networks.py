@@ -20,6 +20,7 @@ from tests.models.test_resenc import reference_network
 
 need_triton()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")  # of Triton's interpreter
+CONV = sys.modules["amaes.models.ops.conv"]
 UP_CONV = sys.modules["amaes.models.ops.up_conv"]  # `ops.up_conv` is the function
 DEPTHWISE = sys.modules["amaes.models.ops.depthwise"]  # `ops.depthwise` is the function
 
@@ -159,6 +160,17 @@ def test_networks_by_kernels_are_one_graph_of_the_same_numbers():
     torch.compiler.reset()
     for ours, plain in zip(*results, strict=True):
         assert (ours - plain).abs().max() <= 1e-4 * max(1, plain.abs().max())
+
+
+@pytest.mark.parametrize(("channels", "kernel", "copied"), [(1, 3, True), (4, 1, True), (8, 1, False), (96, 1, False)])
+def test_also_in_prediction_only_the_neighbourhoods_of_an_image_are_copied(monkeypatch, channels, kernel, copied):
+    conv, copies = nn.Conv3d(channels, 2, kernel, padding=kernel // 2, device=DEVICE), []
+    original, x = CONV._neighbourhoods, randn(1, channels, 2, 3, 4)
+    monkeypatch.setattr(CONV, "_neighbourhoods", lambda *given: copies.append(given) or original(*given))
+    with torch.inference_mode():
+        y = ops.conv_before_norm(x, conv)
+        assert (y + conv.bias.view(-1, 1, 1, 1) - conv(x)).abs().max() < 1e-5
+    assert bool(copies) == copied
 
 
 def test_kernels_pass_their_own_test_where_a_prediction_asks_first():

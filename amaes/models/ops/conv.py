@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 from amaes.models.ops import dispatch
 from amaes.models.ops.dispatch import autocast_off, compute_dtype, from_rows, without_autocast
 
-MOST_TAPS = 128  # input channels * kernel^3 of a convolution that is computed as a matrix product
+IMAGE_CHANNELS = 4  # most of an input whose convolution is computed as a matrix product
+MOST_TAPS = 128  # and most of its channels * kernel^3
 FEW_CHANNELS = 16  # fewer have a quicker backward pass on the CPU
 
 
@@ -73,7 +74,7 @@ def _channels_last(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
     cuDNN is slow where the input has few channels, as an image has. That convolution is a product of matrices.
     """
     weight = weight_without_bias(conv)
-    few = weight[0].numel() <= MOST_TAPS and conv.stride == (1, 1, 1)
+    few = x.shape[1] <= IMAGE_CHANNELS and weight[0].numel() <= MOST_TAPS and conv.stride == (1, 1, 1)
     if few and not x.requires_grad and not torch.compiler.is_compiling():
         dtype = compute_dtype(x)
         with autocast_off(x):
