@@ -63,7 +63,7 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
         "preprocess-lesions": f"{command['preprocess']} --images {out}/scans/lesions/images "
         f"--labels {out}/scans/lesions/labels --out {out}/stores/lesions",
         "pretrain": f"{command['pretrain']} --data {out}/stores/unlabelled {network} --patch-size 32 "
-        f"--batch-size 8 --lr 2e-3 --crop patch --val-fraction 0.2 --val-every 40 {pictures} "
+        f"--skips --batch-size 8 --lr 2e-3 --crop patch --val-fraction 0.2 --val-every 40 {pictures} "
         f"--steps {args.pretrain_steps} --out {out}/pretrain",
         "finetune-scratch": f"{finetune} --weights scratch --out {out}/scratch",
         "finetune-pretrained": f"{finetune} --weights {out}/pretrain/checkpoints/step-{args.pretrain_steps}.pt "
