@@ -14,6 +14,8 @@ import pytest
 # Before torch is imported: threads that wait for one another sleep. Where other programs run too, spinning makes the
 # suite several times slower; the training scripts started by tests inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHAPE = (12, 14, 10)  # three different sides
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.25, 0, 50], [0, 0, 2.0, -60], [0, 0, 0, 1]])  # L-P-S, mm

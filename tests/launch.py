@@ -20,7 +20,7 @@ import torch
 from amaes import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--arch", "unet_tiny", "--patch-size", "32", "--batch-size", "4", "--device", "cpu")
+TINY = ("--arch", "unet_tiny", "--patch-size", "32", "32", "16", "--batch-size", "4", "--device", "cpu")
 
 
 def command(script, *options, ranks=1):

