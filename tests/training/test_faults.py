@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amaes import checkpoint, hardware
+from amaes import hardware
 from amaes.data.splits import pretrain_split
 from amaes.data.store import Store
 from amaes.training import validation
@@ -90,14 +91,13 @@ def test_torchrun_restarts_ranks_after_one_was_killed(store, two_ranks, tmp_path
     assert_equal_weights(two_ranks, out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_processes_saves_and_the_same_command_continues(store, two_ranks, tmp_path, number):
+def test_a_signal_to_all_processes_saves_and_the_same_command_continues(store, two_ranks, tmp_path):
     out = tmp_path / "run"
     with_workers = options(store, out, **{"--workers": 1})
     process = launched(torchrun("--standalone", "--nproc_per_node=2", "train_pretrain.py", *with_workers))
     wait_for(out / "checkpoints" / "step-2.pt", process)
     for pid in (process.pid, *everything_below(process.pid)):  # as a scheduler does: torchrun, ranks and workers
-        os.kill(pid, number)
+        os.kill(pid, signal.SIGTERM)
     said = process.communicate(timeout=100)[0]
     assert process.returncode != 0
     assert "saved at step" in said
@@ -106,12 +106,20 @@ def test_a_signal_to_all_processes_saves_and_the_same_command_continues(store, t
     assert_equal_weights(two_ranks, out)
 
 
-def test_a_signal_that_torchrun_does_not_know_saves_too(store, two_ranks, tmp_path):
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGINT, signal.SIGTERM),  # Ctrl-C reaches all; torchrun, which it reaches, too, then ends its ranks
+        (signal.SIGUSR1,),  # which torchrun does not know
+    ],
+)
+def test_other_signals_save_too(store, two_ranks, tmp_path, numbers):
     out = tmp_path / "run"
-    ranks = fork_ranks("train_pretrain.py", options(store, out, **{"--workers": 1}), 2, tmp_path)
+    ranks = fork_ranks("train_pretrain.py", options(store, out), 2, tmp_path)
     wait_for(out / "checkpoints" / "step-2.pt", ranks[0])
-    for pid in [pid for rank in ranks for pid in (rank.pid, *everything_below(rank.pid))]:
-        os.kill(pid, signal.SIGUSR1)
+    for number in numbers:
+        for rank in ranks:
+            os.kill(rank.pid, number)
     for rank in ranks:
         rank.join(100)
         assert rank.exitcode not in (0, None)
@@ -192,11 +200,18 @@ def test_another_number_of_ranks_continues_with_the_same_cases_and_says_so(store
     assert all(line["loss"] == pytest.approx(other["loss"], rel=1e-3) for line, other in pairs)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(store, tmp_path, damage):
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def four_steps(store, tmp_path_factory):
+    """A run of one rank and four steps."""
+    out = tmp_path_factory.mktemp("four") / "run"
     run("train_pretrain.py", *options(store, out, **{"--steps": 4}))
-    whole = checkpoint.read(out / "checkpoints" / "step-4.pt")["model"]
+    return out
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(store, four_steps, tmp_path, damage):
+    out = tmp_path / "run"
+    shutil.copytree(four_steps, out)
     newest = out / "checkpoints" / "step-4.pt"
     content = newest.read_bytes()
     if damage == "cut":
@@ -206,12 +221,12 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(store, tmp_path, dam
     done = run("train_pretrain.py", *options(store, out, **{"--steps": 4}))
     assert "continuing at step 2 from" in done.stdout
     assert ("skipped, it is damaged" in done.stdout) == (damage != "missing")
-    assert all((weights(out)[1][name] == tensor).all() for name, tensor in whole.items())
+    assert_equal_weights(out, four_steps)
 
 
 def test_a_killed_sweep_of_folds_loses_none(store, tmp_path):
     def sweep(out):
-        fixed = "--arch unet_tiny --patch-size 32 --batch-size 2 --device cpu --workers 1 --steps 6 --save-every 2"
+        fixed = "--arch unet_tiny --patch-size 32 --batch-size 2 --device cpu --workers 0 --steps 6 --save-every 2"
         return [*fixed.split(), "--folds", 2, "--train-cases", 3, "--data", store, "--out", tmp_path / out]
 
     run("train_finetune.py", *sweep("whole"))

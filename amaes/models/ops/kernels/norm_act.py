@@ -392,7 +392,7 @@ def gradients(
         )  # fmt: skip
     d_shift, d_scale = sums.sum(0)
     d_border = sums.new_empty(0) if border is None else border_sums(grad_x)
-    return grad_x, d_border, d_scale.to(scale.dtype), d_shift.to(shift.dtype, copy=True)
+    return grad_x, d_border, d_scale.to(scale.dtype, copy=True), d_shift.to(shift.dtype, copy=True)
 
 
 def _empty_gradient(kept: torch.Tensor, border: torch.Tensor | None, inverse: bool) -> torch.Tensor:
