@@ -241,7 +241,10 @@ def test_a_killed_sweep_of_folds_loses_none(store, tmp_path):
 
 def test_checkpoints_come_by_the_clock_too(store, tmp_path):
     out = tmp_path / "run"
-    run("train_pretrain.py", *options(store, out, **{"--save-every": 1000, "--save-minutes": 1e-4, "--keep": 99}))
+    run(
+        "train_pretrain.py",
+        *options(store, out, **{"--steps": 5, "--save-every": 1000, "--save-minutes": 1e-4, "--keep": 99}),
+    )
     assert len(list((out / "checkpoints").glob("step-*.pt"))) > 2
 
 
