@@ -111,7 +111,7 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--subject",
         metavar="REGEX",
-        help="finds the subject in the id of a case: its group 'subject', or its first group (default: sub-XXX, else "
+        help="finds the subject in the id of a case: its group 'subject', or its first group (default: sub-..., else "
         "the first folder, else the id; without the number of a visit, as of BraTS-GLI-00005-101)",
     )
     group.add_argument(

@@ -32,7 +32,7 @@ def structure_of(label_name: str | None) -> str | None:
 
 
 def sessions(files: Sequence[tuple[Path, str, str]]) -> list[tuple[Path, str, str]]:
-    """Put sequences of one session together that differ in acq-XXX: their prefixes become equal.
+    """Put sequences of one session together that differ in the entity acq: their prefixes become equal.
 
     Args:
         files: (file, channel, what stands before the channel in its name). Prefixes that do not begin with sub- stay,

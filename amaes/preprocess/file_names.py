@@ -68,7 +68,7 @@ def session_of(id: str) -> str | None:
 
 
 def subject_of(id: str, pattern: str | None = None) -> str:
-    """The part sub-XXX of an id, else its first folder, else the id itself, without the number of a visit.
+    """The entity sub of an id, as sub-01, else its first folder, else the id itself, without the number of a visit.
 
     A visit's number stands behind the patient's, which has five digits or more: BraTS-GLI-00005-100 and
     BraTS-GLI-00005-101-t1c are of BraTS-GLI-00005.

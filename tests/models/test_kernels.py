@@ -195,12 +195,15 @@ def test_norm_act_asks_the_device_every_16_updates_and_within_a_step_answers_the
 @pytest.mark.parametrize(("keep_input", "pool"), [(False, False), (True, True)])
 def test_norm_act_is_one_operator_for_the_compiler(keep_input, pool):
     x, scale, shift = norm_tensors(4, 1, (2, 3, 2))
+    rows = x.movedim(1, -1).contiguous()
     torch.library.opcheck(
         torch.ops.amaes.norm_act.default,
-        (x.movedim(1, -1).contiguous().requires_grad_(), None, scale.requires_grad_(), shift.requires_grad_())
-        + (1e-5, 0.01, keep_input, pool),
+        (rows.requires_grad_(), None, scale.requires_grad_(), shift.requires_grad_(), 1e-5, 0.01, keep_input, pool),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+    outputs = torch.ops.amaes.norm_act(rows, None, scale, shift, 1e-5, 0.01, keep_input, pool)
+    grads = torch.autograd.grad(sum(y.sum() for y in outputs[: 1 + pool]), (rows, scale, shift))
+    assert all(grad.storage_offset() == 0 for grad in grads)  # as the compiler takes for granted
 
 
 # Max pooling after them

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -91,13 +92,14 @@ def test_torchrun_restarts_ranks_after_one_was_killed(store, two_ranks, tmp_path
     assert_equal_weights(two_ranks, out)
 
 
-def test_a_signal_to_all_processes_saves_and_the_same_command_continues(store, two_ranks, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_saves_and_the_same_command_continues(store, two_ranks, tmp_path, number):
     out = tmp_path / "run"
     with_workers = options(store, out, **{"--workers": 1})
     process = launched(torchrun("--standalone", "--nproc_per_node=2", "train_pretrain.py", *with_workers))
     wait_for(out / "checkpoints" / "step-2.pt", process)
     for pid in (process.pid, *everything_below(process.pid)):  # as a scheduler does: torchrun, ranks and workers
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, number)
     said = process.communicate(timeout=100)[0]
     assert process.returncode != 0
     assert "saved at step" in said
@@ -106,20 +108,12 @@ def test_a_signal_to_all_processes_saves_and_the_same_command_continues(store, t
     assert_equal_weights(two_ranks, out)
 
 
-@pytest.mark.parametrize(
-    "numbers",
-    [
-        (signal.SIGINT, signal.SIGTERM),  # Ctrl-C reaches all; torchrun, which it reaches, too, then ends its ranks
-        (signal.SIGUSR1,),  # which torchrun does not know
-    ],
-)
-def test_other_signals_save_too(store, two_ranks, tmp_path, numbers):
+def test_a_signal_that_torchrun_does_not_know_saves_too(store, two_ranks, tmp_path):
     out = tmp_path / "run"
-    ranks = fork_ranks("train_pretrain.py", options(store, out), 2, tmp_path)
+    ranks = fork_ranks("train_pretrain.py", options(store, out, **{"--workers": 1}), 2, tmp_path)
     wait_for(out / "checkpoints" / "step-2.pt", ranks[0])
-    for number in numbers:
-        for rank in ranks:
-            os.kill(rank.pid, number)
+    for pid in [pid for rank in ranks for pid in (rank.pid, *everything_below(rank.pid))]:
+        os.kill(pid, signal.SIGUSR1)
     for rank in ranks:
         rank.join(100)
         assert rank.exitcode not in (0, None)
@@ -226,7 +220,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(store, four_steps, t
 
 def test_a_killed_sweep_of_folds_loses_none(store, tmp_path):
     def sweep(out):
-        fixed = "--arch unet_tiny --patch-size 32 --batch-size 2 --device cpu --workers 0 --steps 6 --save-every 2"
+        fixed = "--arch unet_tiny --patch-size 32 --batch-size 2 --device cpu --workers 1 --steps 6 --save-every 2"
         return [*fixed.split(), "--folds", 2, "--train-cases", 3, "--data", store, "--out", tmp_path / out]
 
     run("train_finetune.py", *sweep("whole"))
@@ -296,7 +290,7 @@ def test_an_unreadable_validation_case_is_replaced_too(tmp_path):
     brief = {"--steps": 2, "--val-every": 1}
     done = run("train_pretrain.py", *options(store, tmp_path / "run", **brief), "--on-bad-case", "skip")
     assert done.stdout.count("replaced by another case") == 1
-    assert "step 2: validation loss " in done.stdout
+    assert re.search(r"step 2: validation loss \d", done.stdout)  # a number
 
 
 @pytest.mark.parametrize(("accumulate", "share", "advice"), [(1, 3, "`accumulate` 3 (now 1)"), (3, 3, "no finer")])

@@ -42,29 +42,6 @@ def convolve(
     return (F.conv_transpose3d if transposed else F.conv3d)(x, weight, bias, stride, padding)
 
 
-# On the CPU -----------------------------------------------------------------------------------------------------------
-
-
-class _FewChannels(torch.autograd.Function):
-    """The backward pass in channels-last memory: with 8 channels oneDNN needs a third of the time."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, transposed):
-        ctx.save_for_backward(x, weight)
-        ctx.about = (stride, padding, [1] * 3, transposed, [0] * 3, 1)  # dilation, padding of the output, groups
-        ctx.bias_sizes = None if bias is None else list(bias.shape)
-        return torch.convolution(x, weight, bias, *ctx.about)
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, grad):
-        tensors = [t.contiguous(memory_format=torch.channels_last_3d) for t in (grad, *ctx.saved_tensors)]
-        wanted = list(ctx.needs_input_grad[:3])
-        grads = torch.ops.aten.convolution_backward(*tensors, ctx.bias_sizes, *ctx.about, wanted)
-        return *(g if g is None else g.contiguous() for g in grads), None, None, None
-
-
 # Beside Triton kernels, on NVIDIA GPUs --------------------------------------------------------------------------------
 
 
@@ -140,3 +117,26 @@ def _neighbourhoods(x: torch.Tensor, k: int) -> torch.Tensor:
     rows = x.new_zeros((x[:, 0].numel(), taps + -taps % 16))
     rows[:, :taps].view(len(x), *x.shape[2:], x.shape[1], k, k, k).copy_(cubes.movedim(1, 4))
     return rows
+
+
+# On the CPU -----------------------------------------------------------------------------------------------------------
+
+
+class _FewChannels(torch.autograd.Function):
+    """The backward pass in channels-last memory: with 8 channels oneDNN needs a third of the time."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, transposed):
+        ctx.save_for_backward(x, weight)
+        ctx.about = (stride, padding, [1] * 3, transposed, [0] * 3, 1)  # dilation, padding of the output, groups
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        return torch.convolution(x, weight, bias, *ctx.about)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx, grad):
+        tensors = [t.contiguous(memory_format=torch.channels_last_3d) for t in (grad, *ctx.saved_tensors)]
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.aten.convolution_backward(*tensors, ctx.bias_sizes, *ctx.about, wanted)
+        return *(g if g is None else g.contiguous() for g in grads), None, None, None

@@ -153,23 +153,26 @@ def _apply_kernel(
 @triton.jit
 def _pooled_gradient(
     kept, grad_pooled, mean, rstd, factor, constant, b, first, N, X, Y, Z,
-    C: tl.constexpr, SLOPE: tl.constexpr, INVERSE: tl.constexpr, TN: tl.constexpr, TC: tl.constexpr,
+    C: tl.constexpr, SLOPE: tl.constexpr, SIDE: tl.constexpr, INVERSE: tl.constexpr, TN: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the maximum of each cell, and the corner that it goes to: the first that has the maximum."""
+    """The corner that has the maximum of each cell, the first of equal ones, and the maximum's gradient; 0 unpooled."""
     largest = tl.full((TN, TC), float("-inf"), tl.float32)
     which = tl.zeros((TN, TC), tl.int32)
-    for corner in tl.static_range(8):
-        n, inside = voxel_of_cell(first, corner, N, X, Y, Z, 2, TN)
-        offset, inside = _block(b * (X * Y * Z) + n, inside, C, TC)
-        value = tl.load(kept + offset, mask=inside, other=0.0).to(tl.float32)
-        if not INVERSE:  # rounded like the output, which decides what is equal
-            value = _output(value, mean, rstd, factor, constant, SLOPE).to(kept.dtype.element_ty).to(tl.float32)
-        larger = is_larger(value, largest)
-        which = tl.where(larger, corner, which)
-        largest = tl.where(larger, value, largest)
-    n, inside = pooled_voxel(first, N, X, Y, Z, TN)
-    offset, inside = _block(b * ((X // 2) * (Y // 2) * (Z // 2)) + n, inside, C, TC)
-    return which, tl.load(grad_pooled + offset, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.zeros((TN, TC), tl.float32)
+    if SIDE > 1:
+        for corner in tl.static_range(SIDE * SIDE * SIDE):
+            n, inside = voxel_of_cell(first, corner, N, X, Y, Z, SIDE, TN)
+            offset, inside = _block(b * (X * Y * Z) + n, inside, C, TC)
+            value = tl.load(kept + offset, mask=inside, other=0.0).to(tl.float32)
+            if not INVERSE:  # rounded like the output, which decides what is equal
+                value = _output(value, mean, rstd, factor, constant, SLOPE).to(kept.dtype.element_ty).to(tl.float32)
+            larger = is_larger(value, largest)
+            which = tl.where(larger, corner, which)
+            largest = tl.where(larger, value, largest)
+        n, inside = pooled_voxel(first, N, X, Y, Z, TN)
+        offset, inside = _block(b * ((X // 2) * (Y // 2) * (Z // 2)) + n, inside, C, TC)
+        gradient = tl.load(grad_pooled + offset, mask=inside, other=0.0).to(tl.float32)
+    return which, gradient
 
 
 @triton.jit
@@ -209,15 +212,12 @@ def _sums_kernel(
     d_scale = tl.zeros((TN, TC), tl.float32)
     for i in range(0, ROWS, TN):
         first = chunk * ROWS + i
-        if SIDE > 1:
-            which, g_pooled = _pooled_gradient(
-                kept, grad_pooled, mean, rstd, factor, constant, b, first, N, X, Y, Z, C, SLOPE, INVERSE, TN, TC
-            )
+        which, g_pooled = _pooled_gradient(
+            kept, grad_pooled, mean, rstd, factor, constant, b, first, N, X, Y, Z, C, SLOPE, SIDE, INVERSE, TN, TC
+        )
         for corner in tl.static_range(SIDE * SIDE * SIDE):
             n, inside = voxel_of_cell(first, corner, N, X, Y, Z, SIDE, TN)
-            of_maximum = tl.zeros((TN, TC), tl.float32)
-            if SIDE > 1:
-                of_maximum = tl.where(which == corner, g_pooled, 0.0)
+            of_maximum = tl.where(which == corner, g_pooled, 0.0)
             value, g = _normalised(
                 kept, border, grad, b, n, inside, mean, rstd, factor, constant, of_maximum, X, Y, Z,
                 C, SLOPE, PHASES, INVERSE, HAS_GRAD, TC,
@@ -245,10 +245,9 @@ def _gradient_kernel(
     c = tl.program_id(1) * TC + tl.arange(0, TC)
     mean_g = tl.load(sums + b * 2 * C + c, mask=c < C, other=0.0)[None, :] / (X * Y * Z)
     along = tl.load(sums + b * 2 * C + C + c, mask=c < C, other=0.0)[None, :] / (X * Y * Z)
-    if SIDE > 1:
-        which, g_pooled = _pooled_gradient(
-            kept, grad_pooled, mean, rstd, factor, constant, b, first, N, X, Y, Z, C, SLOPE, INVERSE, TN, TC
-        )
+    which, g_pooled = _pooled_gradient(
+        kept, grad_pooled, mean, rstd, factor, constant, b, first, N, X, Y, Z, C, SLOPE, SIDE, INVERSE, TN, TC
+    )
     for corner in tl.static_range(SIDE * SIDE * SIDE):
         n, inside = voxel_of_cell(first, corner, N, X, Y, Z, SIDE, TN)
         offset, to_write = _block(b * (X * Y * Z) + n, inside, C, TC)
@@ -256,9 +255,7 @@ def _gradient_kernel(
             offset, to_write = _block(b * N + n, inside, C, TC)
             n, in_map = voxel_of_row(n, X, Y, Z)
             inside = inside & in_map
-        of_maximum = tl.zeros((TN, TC), tl.float32)
-        if SIDE > 1:
-            of_maximum = tl.where(which == corner, g_pooled, 0.0)
+        of_maximum = tl.where(which == corner, g_pooled, 0.0)
         value, g = _normalised(
             kept, border, grad, b, n, inside, mean, rstd, factor, constant, of_maximum, X, Y, Z,
             C, SLOPE, PHASES, INVERSE, HAS_GRAD, TC,

@@ -42,6 +42,7 @@ def voxel_of_row(row, X, Y, Z):
 
 @triton.jit
 def rows_per_sample(X, Y, Z):
+    """Number of rows of the phases of a map of X x Y x Z voxels; some of them are no voxels of it."""
     return 8 * (X // 2 + 1) * (Y // 2 + 1) * (Z // 2 + 1)
 
 
