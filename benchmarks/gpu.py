@@ -436,6 +436,8 @@ def main() -> int:
     run = Run(args)
     run.measure()
     print()
+    if args.quick:
+        print("the sizes of --quick: no number or verdict means anything")
     for line in run.result["budgets"]:
         value = "" if line["value"] is None else f"{line['value']:.4g}, "
         print(f"{line['verdict']:>7}  {line['budget']}: {value}{line['limit']}")
