@@ -203,17 +203,18 @@ def _pointwise(device: torch.device, channels: int, outputs: int, side: int, bat
     return Operation(shape, conv, lambda x: ops.pointwise(x, conv.weight, conv.bias), conv, work, image)
 
 
-def _every_second(device: torch.device, channels: int, side: int, batch: int) -> Operation:
-    """The shortcut of a MedNeXt block of stride 2: a 1x1x1 convolution beside the way of the map itself."""
+def _depthwise_down(device: torch.device, channels: int, side: int, batch: int) -> Operation:
+    """A MedNeXt block's convolution of stride 2, and its shortcut: a 1x1x1 convolution of every second voxel."""
     shape, voxels = _cube(batch, channels, side)
+    layer = nn.Conv3d(channels, channels, 3, stride=2, padding=1, groups=channels, device=device)
     conv = nn.Conv3d(channels, 2 * channels, 1, stride=2, device=device)
-    work = _product(voxels // 8 * channels, voxels // 8 * 2 * channels, 2 * channels * 2 * channels * voxels / 8, False)
+    work = _product(voxels * channels, voxels // 8 * 3 * channels, 2 * channels * 2 * channels * voxels / 8, False)
 
     def ours(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, second = ops.every_second(x)
-        return x, ops.pointwise(second, conv.weight, conv.bias)
+        y, second = ops.depthwise_down(x, layer.weight, layer.bias)
+        return y, ops.pointwise(second, conv.weight, conv.bias)
 
-    return Operation(shape, conv, ours, lambda x: (x.view_as(x), conv(x)), work)
+    return Operation(shape, nn.ModuleList([layer, conv]), ours, lambda x: (layer(x), conv(x)), work)
 
 
 def _add_upsampled(device: torch.device, channels: int, side: int, batch: int) -> Operation:
@@ -266,7 +267,7 @@ OPERATIONS: dict[str, Callable[..., Operation]] = {
     "norm_mlp": _norm_mlp,
     "pointwise": _pointwise,
     "head": _head,
-    "every_second": _every_second,
+    "depthwise_down": _depthwise_down,
     "add_upsampled": _add_upsampled,
     "masked_error": _masked_error,
 }
@@ -295,7 +296,7 @@ SIZES: tuple[tuple[str, dict], ...] = (
     ),
     ("norm_only", {"channels": 128, "side": 32, "batch": 2}),
     ("pointwise", {"channels": 1, "outputs": 32, "side": 128, "batch": 1}),
-    ("every_second", {"channels": 32, "side": 128, "batch": 1}),
+    ("depthwise_down", {"channels": 32, "side": 128, "batch": 1}),
     ("add_upsampled", {"channels": 64, "side": 64, "batch": 1}),
     ("head", {"channels": 64, "side": 128, "batch": 4}),
     ("masked_error", {"side": 128, "batch": 8}),

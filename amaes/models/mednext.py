@@ -10,7 +10,7 @@ from torch import nn
 
 from amaes.choices import GRN_DIVISORS
 from amaes.models.decoder import Decoder, stage_widths
-from amaes.models.ops import add_upsampled, depthwise, every_second, norm_mlp, pointwise
+from amaes.models.ops import add_upsampled, depthwise, depthwise_down, norm_mlp, pointwise
 from amaes.models.stages import run_stage
 
 
@@ -63,11 +63,12 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, X, Y, Z) to (B, O, X', Y', Z'); "down" halves the sides, rounding up, "up" doubles them."""
-        residual = x if self.resample == "same" else None
+        weights = self.depthwise.weight, self.depthwise.bias
         if self.resample == "down":
-            x, residual = every_second(x)
-            residual = pointwise(residual, self.shortcut.weight, self.shortcut.bias)
-        y = depthwise(x, self.depthwise.weight, self.depthwise.bias, self.resample)
+            y, second = depthwise_down(x, *weights)
+            residual = pointwise(second, self.shortcut.weight, self.shortcut.bias)
+        else:
+            y, residual = depthwise(x, *weights, self.resample), x if self.resample == "same" else None
         y = norm_mlp(y, self.norm, self.expand, self.project, self.grn, residual)
         if self.resample == "up":
             y = add_upsampled(y, pointwise(x, self.shortcut.weight.transpose(0, 1)), self.shortcut.bias)

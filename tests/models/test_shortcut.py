@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amaes.models import ops
 from amaes.models.mednext import Block
+from amaes.models.ops import dispatch
 
 SHORTCUT = sys.modules["amaes.models.ops.shortcut"]
 
@@ -17,20 +18,19 @@ def randn(*shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def down(every_second, x, weight):
-    """A convolution of the whole map, and every second voxel: as a block reads them."""
-    x, second = every_second(x)
-    return F.conv3d(x, weight, padding=1)[..., ::2, ::2, ::2] * second
+def down(x, weight, bias):
+    y, second = ops.depthwise_down(x, weight, bias)
+    return y * second
+
+
+def plain_down(x, weight, bias):
+    return F.conv3d(x, weight, bias, 2, 1, groups=len(weight)) * x[..., ::2, ::2, ::2]
 
 
 @pytest.mark.parametrize(
     ("ours", "plain", "shapes"),
     [
-        (
-            lambda *tensors: down(ops.every_second, *tensors),
-            lambda *tensors: down(lambda x: (x, x[..., ::2, ::2, ::2]), *tensors),
-            [(2, 3, 5, 4, 7), (3, 3, 3, 3, 3)],
-        ),
+        (down, plain_down, [(2, 3, 5, 4, 7), (3, 1, 3, 3, 3), (3,)]),
         (ops.add_upsampled, SHORTCUT._plain, [(2, 3, 5, 3, 7), (2, 3, 3, 2, 4), (3,)]),
     ],
 )
@@ -43,6 +43,26 @@ def test_values_and_gradients(ours, plain, shapes):
     for a, b in zip(*results, strict=True):
         assert a.shape == b.shape
         assert (a - b).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("way", [True, False], ids=["CPU", "plain"])
+def test_gradients_that_others_read_too_stay_what_they_are(way, monkeypatch):
+    """The input is a sum, read twice: its gradient goes to both parts, to hooks, and is kept."""
+    monkeypatch.setattr(dispatch, "use_cpu_path", lambda x: way)
+    results = []
+    for function in (down, plain_down):
+        first, second = (randn(2, 3, 5, 4, 7, seed=seed).requires_grad_() for seed in (1, 2))
+        x, seen = first + second, []
+        x.retain_grad()
+        x.register_hook(seen.append)
+        other = x * 3
+        other.register_hook(seen.append)
+        y = function(x, randn(3, 1, 3, 3, 3), randn(3))
+        ((y * y).sum() + other.sum()).backward()
+        results.append([first.grad, second.grad, x.grad, *seen])
+    assert len(results[0]) == 5
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).abs().max() <= 1e-12 * plain.abs().max()
 
 
 def test_under_autocast_gradients_have_the_types_of_their_tensors():

@@ -6,7 +6,7 @@
     depthwise     depthwise convolution (`mednext.Block`)
     norm_mlp      norm, expand, GELU, response norm, project (`mednext.Block`)
     pointwise     1x1x1 convolution (`mednext`), also of a head (`decoder.Decoder`)
-    shortcut      input of a block that changes the resolution, added to its output (`mednext.Block`)
+    shortcut      what a block that changes the resolution adds to its output (`mednext.Block`)
     masked_error  mean squared error of the masked autoencoder (`objectives.masked`)
 
 A file begins with the function that is called, which chooses the way it is computed. Then come the plain
@@ -22,7 +22,7 @@ from amaes.models.ops.masked_error import masked_error
 from amaes.models.ops.norm_act import norm_act, norm_act_pool, norm_only
 from amaes.models.ops.norm_mlp import norm_mlp, response_norm
 from amaes.models.ops.pointwise import head, pointwise
-from amaes.models.ops.shortcut import add_upsampled, every_second
+from amaes.models.ops.shortcut import add_upsampled, depthwise_down
 from amaes.models.ops.up_conv import fused_is_cheaper, up_conv, up_conv_norm_act
 
 __all__ = [
@@ -30,8 +30,8 @@ __all__ = [
     "are_fused",
     "conv_before_norm",
     "depthwise",
+    "depthwise_down",
     "describe",
-    "every_second",
     "fused_is_cheaper",
     "head",
     "masked_error",

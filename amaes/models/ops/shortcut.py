@@ -6,24 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from amaes.models.ops.depthwise import depthwise
 from amaes.models.ops.dispatch import from_rows
 
 
-def every_second(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x`, and its voxels at even places along all axes.
+def depthwise_down(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`depthwise(x, weight, bias, "down")`, and the voxels of `x` at even places along all axes.
 
-    The backward pass adds the gradient of the latter to that of the former in place. So the former must be read by one
-    operation, whose gradient is a tensor of its own, as that of a convolution is.
+    The gradients of the two are one tensor.
 
     Args:
         x: (B, C, X, Y, Z).
+        weight, bias: see `depthwise`.
 
     Returns:
-        (B, C, X, Y, Z), and (B, C, X / 2, Y / 2, Z / 2), rounded up, in channels-last memory.
+        Twice (B, C, X / 2, Y / 2, Z / 2), rounded up; the second in channels-last memory.
     """
-    if torch.compiler.is_compiling():
-        return x, x[..., ::2, ::2, ::2]
-    return _EverySecond.apply(x)
+    x, second = (x, x[..., ::2, ::2, ::2]) if torch.compiler.is_compiling() else _EverySecond.apply(x)
+    return depthwise(x, weight, bias, "down"), second
 
 
 def add_upsampled(y: torch.Tensor, shortcut: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -55,6 +55,11 @@ def _plain(y: torch.Tensor, shortcut: torch.Tensor, bias: torch.Tensor) -> torch
 
 
 class _EverySecond(torch.autograd.Function):
+    """The map, for `depthwise` alone, and its voxels at even places.
+
+    The backward pass adds in place to the gradient that `depthwise` gives, a new tensor which nothing else reads.
+    """
+
     @staticmethod
     def forward(ctx, x):
         return x.view_as(x), from_rows(x.movedim(1, -1)[:, ::2, ::2, ::2].contiguous())
