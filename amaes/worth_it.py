@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 from amaes import cli
 from amaes.choices import DEVICES
@@ -27,24 +28,32 @@ from amaes.models.build import ARCHITECTURES
 
 STARTS = ("scratch", "pretrained")
 SURE = 0.95  # of the intervals
-MEANING = """\
+LEARNED = 0.8  # a training Dice that says how early a network learned
+MEANING = f"""\
 What it can claim. The interval is over pairs of networks, which had the same labelled cases and the same seed: where it
 leaves out 0, another draw of cases and seed is expected to come out the same way. Networks of one fold share their
 labelled cases, so that it is a little too narrow. The p value is of the two-sided Wilcoxon signed-rank test over the
 tested cases, each the mean of the networks that tested it: a small one says that these networks differ on such cases,
 not that networks trained again would, since all cases share them. Scans that were tested and that pretraining has seen,
-without labels, are listed in `leakage.json` of each pretrained run."""
+without labels, are listed in `leakage.json` of each pretrained run.
+
+Steps to a training Dice of {100 * LEARNED:.0f} %: median over networks, on the patches that are trained on. A start that
+gets there earlier and is not ahead in Dice had a head start and no better end."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Networks with one number of labelled cases: their Dice in percent, pair by pair, and p over the tested cases."""
+    """Networks with one number of labelled cases: their Dice in percent, pair by pair, and p over the tested cases.
+
+    `steps` has per start and network the optimizer steps until the Dice of its own training patches was LEARNED.
+    """
 
     cases: int
     scratch: list[float]
     pretrained: list[float]
     tested: int
     p: float
+    steps: dict[str, list[float]]
 
     @property
     def differences(self) -> list[float]:
@@ -137,14 +146,23 @@ def read_comparison(args: argparse.Namespace, cases: int) -> Comparison:
     """The networks of one number of labelled cases, from what `evaluate` wrote."""
     from amaes.evaluation.scores import compare_runs  # takes a second to import
 
-    folds = {}
+    folds, steps = {}, {}
     for start in STARTS:
         runs = [args.out / name_of(cases, start, seed) for seed in range(args.seeds)]
-        files = [run / f"fold{fold}" / "results.json" for run in runs for fold in range(args.folds)]
-        folds[start] = [_null_to_nan(read_json(file)) for file in files]
+        networks = [run / f"fold{fold}" for run in runs for fold in range(args.folds)]
+        folds[start] = [_null_to_nan(read_json(network / "results.json")) for network in networks]
+        steps[start] = [steps_until_learned(network / "metrics.jsonl") for network in networks]
     of_cases = compare_runs(*folds.values())["mean"]
     dice = {start: [100 * fold["dice"] for fold in of_start] for start, of_start in folds.items()}
-    return Comparison(cases, dice["scratch"], dice["pretrained"], of_cases["n"], of_cases["p"])
+    return Comparison(cases, dice["scratch"], dice["pretrained"], of_cases["n"], of_cases["p"], steps)
+
+
+def steps_until_learned(metrics: Path) -> float:
+    """The step at which training Dice was LEARNED for the first time, from a fold's metrics.jsonl; inf where never."""
+    from amaes.training.verdict import metrics_lines  # imports torch
+
+    lines = (line for line in metrics_lines(metrics) if isinstance(line.get("dice"), float))
+    return min((line["step"] for line in lines if line["dice"] >= LEARNED), default=math.inf)
 
 
 def _null_to_nan(content: object) -> object:
@@ -191,18 +209,25 @@ def page(comparisons: Sequence[Comparison], commands: Sequence[str], picture: st
         wins = sum(difference > 0 for difference in row.differences)
         cells = [row.cases, *(f"{_mean(values):.2f} ± {_sd(values):.2f}" for values in (row.scratch, row.pretrained))]
         cells += [f"{mean:+.2f} ({_interval_text(low, high, 2)})", f"{wins} of {len(row.differences)}", row.tested]
-        rows.append("| " + " | ".join(map(str, [*cells, f"{row.p:.2g}"])) + " |")
+        medians = ", ".join(_steps_text(row.steps[start]) for start in STARTS)
+        rows.append("| " + " | ".join(map(str, [*cells, f"{row.p:.2g}", medians])) + " |")
     head = "| labelled | scratch | pretrained | difference (95 % interval) | networks ahead | tested | p over cases |"
+    head += f" steps to a training Dice of {100 * LEARNED:.0f} %: scratch, pretrained |"
     parts = [
         "# Is pretraining worth it here?",
         f"**{verdict(comparisons)}.**",
         "Dice in percent, mean ± sd over networks (folds and seeds), and the mean of the paired differences.",
-        "\n".join([head, "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |", *rows]),
+        "\n".join([head, "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", *rows]),
         *([f"![Dice against labelled cases]({picture})"] if picture else []),
         MEANING,
         "## Commands\n\n```\n" + "\n".join(commands) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _steps_text(steps: Sequence[float]) -> str:
+    middle = median(steps)
+    return "never" if math.isinf(middle) else f"{middle:.0f}"
 
 
 def _mean(values: Sequence[float]) -> float:

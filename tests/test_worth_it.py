@@ -59,8 +59,8 @@ def test_the_interval_over_networks_by_hand():
 
 
 ROWS = [
-    Comparison(3, [70.0, 71.0, 72.0], [73.0, 74.1, 74.9], 20, 0.001),
-    Comparison(9, [80.0, 81.0, 82.0], [81.0, 80.0, 83.0], 14, 0.5),
+    Comparison(3, [70.0, 71.0, 72.0], [73.0, 74.1, 74.9], 20, 0.001, {"scratch": [9, 30, 20], "pretrained": [9, 7, 8]}),
+    Comparison(9, [80.0, 81.0, 82.0], [81.0, 80.0, 83.0], 14, 0.5, dict.fromkeys(worth_it.STARTS, [math.inf] * 3)),
 ]
 
 
@@ -69,13 +69,16 @@ def test_the_verdict_names_where_it_helps_and_where_nothing_is_shown():
     assert said.startswith(
         "Pretraining here: worth it with 3 (+3.0 points, +2.8 to +3.2); no difference shown with 9 (+0.3"
     )
-    assert worth_it.verdict([Comparison(3, [9.0, 8.0], [1.0, 0.1], 5, 0.1)]).startswith("Pretraining here: worse than")
+    assert worth_it.verdict([Comparison(3, [9.0, 8.0], [1.0, 0.1], 5, 0.1, {})]).startswith(
+        "Pretraining here: worse than"
+    )
 
 
 def test_the_page_has_a_row_per_number_of_cases():
     text = worth_it.page(ROWS, ["python x"], "worth-it.png")
-    assert "| 3 | 71.00 ± 1.00 | 74.00 ± 0.95 | +3.00 (+2.75 to +3.25) | 3 of 3 | 20 | 0.001 |" in text
+    assert "| 3 | 71.00 ± 1.00 | 74.00 ± 0.95 | +3.00 (+2.75 to +3.25) | 3 of 3 | 20 | 0.001 | 20, 8 |" in text
     assert "| 9 | 81.00 ± 1.00 |" in text
+    assert "| 14 | 0.5 | never, never |" in text
     assert "(worth-it.png)" in text
     assert "(worth-it.png)" not in worth_it.page(ROWS, [], None)
 
@@ -86,6 +89,8 @@ for folder, dice in zip(sys.argv[1::2], map(float, sys.argv[2::2])):
     cases = [{"id": f"c{k}", "classes": {"1": {"dice": dice + k / 100}, "2": {"dice": None}}} for k in range(3)]
     path = pathlib.Path(folder) / "fold0" / "results.json"
     path.parent.mkdir(parents=True)
+    steps = [{"step": 10, "dice": None}, {"step": 20, "dice": dice + 0.25}, {"step": 30, "dice": 0.9}]
+    path.with_name("metrics.jsonl").write_text(chr(10).join(map(json.dumps, steps)))
     path.write_text(json.dumps({"fold": 0, "dice": dice, "cases": cases, "failed": []}))
 """
 
@@ -118,7 +123,7 @@ def test_it_continues_after_a_failure_and_does_nothing_twice(monkeypatch, tmp_pa
     said = "Pretraining here: no difference shown with 2 (+10.0 points, one pair, no interval) labelled cases"
     assert capsys.readouterr().out.endswith(f"worth-it.md: {said}\n")
     text = (tmp_path / "worth-it.md").read_text()
-    assert "| 2 | 50.00 ± nan | 60.00 ± nan | +10.00 (one pair, no interval) | 1 of 1 | 3 | 0.25 |" in text
+    assert "| 2 | 50.00 ± nan | 60.00 ± nan | +10.00 (one pair, no interval) | 1 of 1 | 3 | 0.25 | 30, 20 |" in text
     assert shlex.join(["-c", f"{mark}('f')"]) in text
 
 
