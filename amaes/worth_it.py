@@ -37,8 +37,8 @@ tested cases, each the mean of the networks that tested it: a small one says tha
 not that networks trained again would, since all cases share them. Scans that were tested and that pretraining has seen,
 without labels, are listed in `leakage.json` of each pretrained run.
 
-Steps to a training Dice of {100 * LEARNED:.0f} %: median over networks, on the patches that are trained on. A start that
-gets there earlier and is not ahead in Dice had a head start and no better end."""
+Steps to a training Dice of {100 * LEARNED:.0f} %: median over networks, on the patches that are trained on. A start
+that gets there earlier and is not ahead in Dice had a head start and no better end."""
 
 
 @dataclass(frozen=True)
