@@ -192,8 +192,10 @@ class RunFolder:
             self._locks.append(hold(self.path / part, text, name=LOCK))
 
     def is_finished(self, steps: int) -> bool:
-        """Whether the checkpoint of the last of so many steps is there. (A fold that `patience` ended has none.)"""
-        return distributed.from_main((self.path / "checkpoints" / f"step-{steps}.pt").is_file())
+        """Whether the last of so many steps has a sound checkpoint. (A fold that `patience` ended has none.)"""
+        path = self.path / "checkpoints" / f"step-{steps}.pt"
+        is_there = self.ranks.is_main and path.is_file()
+        return distributed.from_main(is_there and checkpoint.latest(path.parent, to_continue=True)[1] == path)
 
     def load_newest(self, network: nn.Module, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> int:
         """Load the newest sound checkpoint, on every rank; the step it was made at, 0 where there is none."""

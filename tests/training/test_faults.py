@@ -215,6 +215,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(store, four_steps, t
     done = run("train_pretrain.py", *options(store, out, **{"--steps": 4}))
     assert "continuing at step 2 from" in done.stdout
     assert ("skipped, it is damaged" in done.stdout) == (damage != "missing")
+    assert "nothing is left to train" not in done.stdout
     assert_equal_weights(out, four_steps)
 
 
