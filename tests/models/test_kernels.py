@@ -1,5 +1,7 @@
 """Triton kernels: values and gradients of the plain forms, on odd sides, in every way an input can be laid out."""
 
+import copy
+import pickle
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -178,18 +180,34 @@ def test_norm_act_keeps_one_tensor_its_output_or_where_that_loses_digits_its_inp
         assert [tensor.data_ptr() for tensor in large] == [(rows if of_input else y).data_ptr()]
 
 
-def test_norm_act_asks_the_device_every_16_updates_and_within_a_step_answers_the_same():
-    norm, answers = nn.InstanceNorm3d(2, affine=True), []
-    answer = NORM._Answer(norm)
+def one_pass(norm, optimizer):
+    """What two forward passes answer, as with activation checkpointing, before a backward pass and an update."""
+    answers = {NORM._is_invertible(norm) for _ in range(2)}
+    assert len(answers) == 1
+    (norm.weight.sum() + norm.bias.sum()).backward()
+    optimizer.step()
+    return answers.pop()
+
+
+@pytest.mark.parametrize("option", ["fused", "foreach"])
+def test_norm_act_asks_the_device_every_16_passes_and_at_once_where_weights_were_loaded(option):
+    norm = nn.InstanceNorm3d(2, affine=True, device=DEVICE)
+    optimizer = torch.optim.AdamW(norm.parameters(), lr=0.0, **{option: True})
+    network = nn.Sequential(norm)
+    small, large = ({"0.weight": torch.full((2,), scale), "0.bias": torch.ones(2)} for scale in (1e-9, 1.0))
+    network.load_state_dict(large)
+    answers = []
     for step in range(40):
-        with torch.no_grad():
-            norm.weight.fill_(1e-9 if step >= 8 else 1)
-            norm.bias.fill_(1)
-        norm.weight.data.add_(0)
-        answers.append({answer.of_this_step(norm) for _ in range(2)})
-    assert all(len(answer) == 1 for answer in answers)
-    assert answers[0] == {True}
-    assert answers[-1] == {False}
+        norm.weight.data.fill_(1 if step < 8 else 1e-9)  # as by an update
+        answers.append(one_pass(norm, optimizer))
+    assert answers[:8] == 8 * [True]
+    assert answers[-1] is False
+    for content, answer in ((large, True), (small, False), (large, True)):
+        network.load_state_dict(content)
+        assert [one_pass(norm, optimizer) for _ in range(34)] == 34 * [answer]
+    network.load_state_dict(small, assign=True)  # other tensors
+    assert NORM._is_invertible(norm) is False
+    pickle.dumps(copy.deepcopy(network))
 
 
 @pytest.mark.parametrize(("keep_input", "pool"), [(False, False), (True, True)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -97,32 +97,48 @@ def _is_invertible(norm: nn.Module) -> bool:
     """Whether the norm's input can be computed from its output. Only the first call waits for the device."""
     if norm.weight is None:
         return True
-    if norm not in _answers:
-        _answers[norm] = _Answer(norm)
-    return _answers[norm].of_this_step(norm)
+    answer = _answers.get(norm)
+    if answer is None or answer.weight() is not norm.weight or answer.learns != norm.weight.requires_grad:
+        answer = _answers[norm] = _Answer(norm)
+    return answer.of_this_pass(norm)
 
 
 class _Answer:
-    """Whether a norm can be inverted, asked anew every 16 updates of its scale; the answer is read 16 updates later.
+    """Whether a norm can be inverted, asked anew every 16 backward passes; the answer is read 16 passes later.
 
-    Within a step it stays the same, also for a stage that activation checkpointing runs twice.
+    From one backward pass to the next it stays the same, also for a stage that activation checkpointing runs twice.
+    After `load_state_dict` the device is waited for.
     """
 
     every = 16
 
     def __init__(self, norm: nn.Module) -> None:
-        self.answer = bool(_scales_are_large(norm.weight, norm.bias))
-        self.arriving = torch.full((), self.answer, pin_memory=norm.weight.is_cuda)
-        self.version, self.updates = norm.weight._version, 0
+        self.weight, self.learns = ref(norm.weight), norm.weight.requires_grad
+        self.passes, self.ended, self.unknown = 0, False, True
+        self.arriving = torch.empty((), dtype=torch.bool, pin_memory=norm.weight.is_cuda)
+        norm.register_load_state_dict_post_hook(_forget)
+        if norm.weight.is_leaf and self.learns:
+            norm.weight.register_post_accumulate_grad_hook(self._after_backward)
 
-    def of_this_step(self, norm: nn.Module) -> bool:
-        if norm.weight._version != self.version:
-            self.version = norm.weight._version
-            self.updates += 1
-            if self.updates % self.every == 0:
-                self.answer = bool(self.arriving)
-                self.arriving.copy_(_scales_are_large(norm.weight.detach(), norm.bias.detach()), non_blocking=True)
+    def _after_backward(self, weight: torch.Tensor) -> None:
+        self.ended = True
+
+    def of_this_pass(self, norm: nn.Module) -> bool:
+        ended, self.ended = self.ended, False
+        self.passes += ended
+        if self.unknown:
+            self.unknown, self.answer = False, bool(_scales_are_large(norm.weight, norm.bias))
+            self.arriving.fill_(self.answer)
+        elif ended and self.passes % self.every == 0:
+            self.answer = bool(self.arriving)
+            self.arriving.copy_(_scales_are_large(norm.weight.detach(), norm.bias.detach()), non_blocking=True)
         return self.answer
+
+
+def _forget(norm: nn.Module, _: object) -> None:
+    """Called by `load_state_dict`."""
+    if norm in _answers:
+        _answers[norm].unknown = True
 
 
 _answers: WeakKeyDictionary[nn.Module, _Answer] = WeakKeyDictionary()
