@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from amaes.models import LightDecoder, MedNeXt, Network, UNet, UNetDecoder, ops
 from amaes.models.ops import dispatch
@@ -173,9 +175,30 @@ def test_also_in_prediction_only_the_neighbourhoods_of_an_image_are_copied(monke
     assert bool(copies) == copied
 
 
+class OperatorsAsPromised(TorchDispatchMode):
+    """Whether outputs of our operators lie in memory as those of their fake forms: compiled graphs end where not."""
+
+    def __init__(self):
+        super().__init__()
+        self.wrong = {}  # of each operator that ran: (what it gave, what its fake form gives)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.namespace == "amaes":
+            with FakeTensorMode() as mode:
+                fake = function(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+            wrong = self.wrong.setdefault(function.name().removeprefix("amaes::"), [])
+            for ours, promised in zip(tree_leaves(out), tree_leaves(fake), strict=True):
+                both = [(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in (ours, promised)]
+                wrong += [both] if both[0] != both[1] else []
+        return out
+
+
 def test_kernels_pass_their_own_test_where_a_prediction_asks_first():
-    with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16):
+    with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16), OperatorsAsPromised() as operators:
         assert dispatch.kernels_fault(DEVICE) is None
+    registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("amaes::")]
+    assert operators.wrong == {name.removeprefix("amaes::"): [] for name in registered}
 
 
 def test_kernels_with_wrong_numbers_are_named(monkeypatch):

@@ -205,7 +205,7 @@ def _weight_sums(x: torch.Tensor, grad: torch.Tensor, k: int, stride: int) -> to
             x, grad, partial, *sides, *out_sides, planes, blocks,
             C=channels, K=k, STRIDE=stride, TY=ty, TZ=tz, TC=tc, num_warps=4,
         )  # fmt: skip
-    return partial.sum(0).t().reshape(channels, 1, k, k, k)
+    return partial.sum(0).t().contiguous().view(channels, 1, k, k, k)
 
 
 def _taps(weight: torch.Tensor) -> torch.Tensor:
