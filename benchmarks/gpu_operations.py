@@ -272,6 +272,14 @@ OPERATIONS: dict[str, Callable[..., Operation]] = {
     "masked_error": _masked_error,
 }
 
+NOT_MEASURED = {  # the other functions of amaes/models/ops, and why
+    "are_fused": "computes nothing",
+    "describe": "computes nothing",
+    "fused_is_cheaper": "computes nothing",
+    "response_norm": "a part of norm_mlp",
+    "up_conv": "a part of up_conv_norm_act",
+}
+
 # The layers of U-Net XL at 128^3, then those of MedNeXt: (operation, its sizes).
 _CONVS = ((1, 64, 128), (64, 64, 128), (64, 128, 64), (128, 128, 64), (128, 256, 32), (256, 256, 32))
 _CONVS += ((256, 512, 16), (512, 512, 16), (512, 1024, 8), (1024, 1024, 8))

@@ -32,6 +32,19 @@ def gpu(monkeypatch, tmp_path):
     return gpu
 
 
+def test_every_operation_is_measured_or_named_with_a_reason(gpu):
+    import gpu_operations
+
+    names = set(gpu.OPERATIONS)
+    assert names.isdisjoint(gpu_operations.NOT_MEASURED)
+    assert names | set(gpu_operations.NOT_MEASURED) == set(ops.__all__)
+    assert {name for name, _ in gpu.SIZES} == names
+    kernels = Path(ops.__file__).parent / "kernels"
+    registered = {name for file in kernels.glob("*.py") for name in re.findall(r'"amaes::(\w+)"', file.read_text())}
+    assert "norm_act_gradients" in registered
+    assert [name for name in registered if not any(f"{name}_".startswith(f"{own}_") for own in names)] == []
+
+
 def test_every_section_of_the_quick_run_ends_in_a_file_of_numbers_and_budgets(gpu, capsys):
     status, result = gpu.start()
     said = capsys.readouterr().out
