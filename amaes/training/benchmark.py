@@ -108,6 +108,8 @@ def _warm_up(count: int) -> int:
 def training_flop(network: nn.Module, shape: Sequence[int]) -> float:
     """Floating-point operations of a forward and backward pass of an input of `shape`; `network` must be on "meta".
 
+    Layers count one by one, as published, also where `up_conv_norm_act` needs less for two of them.
+
     A multiplication and an addition count as two. The backward pass counts twice the forward: gradients of inputs and
     of weights. (torch's counter multiplies depthwise weight gradients by the number of groups, so only the forward
     pass is counted with it.)
@@ -146,7 +148,8 @@ def timing_table(seconds: dict[str, float], share: Share, flop: float, device: t
     name, limit = peak_tflops(device)
     rate = flop * share.of_rank / seconds["network"] / 1e12
     of_limit = "" if limit is None else f", {100 * rate / limit:.1f} % of the {limit:.0f} of {name} in bf16"
-    lines.append(f"network alone: {rate:.3g} TFLOP/s per {'GPU' if device.type == 'cuda' else 'rank'}{of_limit}")
+    per = "GPU" if device.type == "cuda" else "rank"
+    lines.append(f"network alone: {rate:.3g} TFLOP/s per {per}{of_limit}, counting every layer by itself")
     lines.append(f"peak memory: {peak_gb(device):.2f} GB on {name}")
     return [*lines, verdict(seconds)]
 

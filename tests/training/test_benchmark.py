@@ -34,7 +34,7 @@ def test_the_table_gives_rates_of_all_ranks_and_flop_of_one(monkeypatch):
     lines = benchmark.timing_table(seconds, Share(4, world=2), flop=1e12, device=torch.device("cpu"))
     assert lines[1].split()[-2:] == ["500.0", "8.00"]
     assert lines[3].split()[-2:] == ["800.0", "5.00"]
-    assert any("4 TFLOP/s per rank" in line for line in lines)
+    assert any("4 TFLOP/s per rank, counting every layer by itself" in line for line in lines)
     assert any("1.50 GB" in line for line in lines)
 
 
