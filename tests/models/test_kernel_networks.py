@@ -11,12 +11,14 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from amaes.models import LightDecoder, MedNeXt, Network, UNet, UNetDecoder, ops
+from amaes.models import LightDecoder, MedNeXt, Network, SwinUNETR, SwinUNETRDecoder, UNet, UNetDecoder, ops
 from amaes.models.ops import dispatch
 from amaes.models.swin_unetr import SwinResidualBlock
 from amaes.models.unet import ConvBlock
-from tests import formula
+from tests import formula, reference
 from tests.models.interpreter import DEVICE, kernels_are_chosen, need_triton, randn, takes_kernels  # noqa: F401
+from tests.models.test_mednext import SMALL, published
+from tests.models.test_mednext import small as small_mednext
 from tests.models.test_models import small_reference
 from tests.models.test_resenc import reference_network
 
@@ -37,8 +39,7 @@ def network(family):
         encoder.channels, encoder.strides = (4, 8, 16), (1, 2, 4)
         build = LightDecoder if family == "light" else UNetDecoder
     else:
-        kernel_size, grn = 5 if family == "mednext_k5" else 3, "mean" if family == "mednext_v2" else None
-        encoder = MedNeXt(1, 4, (1, 1), (2, 2), kernel_size, grn)
+        encoder = MedNeXt(1, 4, (1, 1), (2, 2), kernel_size=5 if family == "mednext_k5" else 3)
         build = encoder.decoders["mednext"]
     decoder = build(encoder.channels, encoder.strides, 2)
     net = Network(encoder, decoder, 2 if family == "light" else 1).to(DEVICE)
@@ -48,7 +49,7 @@ def network(family):
     return net, randn(1, net.in_channels, *((2, 2, 4) if "mednext" in family else (4, 8, 12)))
 
 
-FAMILIES = ("light", "mednext_v2", "mednext_k5", "swin block")
+FAMILIES = ("light", "mednext_k5", "swin block")
 
 
 @pytest.fixture
@@ -72,38 +73,58 @@ def test_networks_by_kernels_are_the_networks(family, monkeypatch):
         assert (ours - plain).abs().max() <= 1e-4 * max(1, plain.abs().max())
 
 
-NETWORKS = {  # of the reference, and the sides of an image
-    "unet": (lambda: small_reference("unet_f4_std_skips_ds"), (16, 32, 32)),
-    "resenc": (reference_network, (8, 16, 24)),
+class CoarseMedNeXt(nn.Module):
+    """The encoder of a stored network, and two stages of its decoder; at full resolution it takes half a minute."""
+
+    def __init__(self):
+        super().__init__()
+        name = "mednext_c4_v2"
+        network = reference.load_formula(small_mednext(**SMALL[name]), published(name), half=True)
+        self.encoder, self.decoder = network.encoder, network.decoder
+
+    def forward(self, x):
+        features = self.encoder(x)
+        return [*features, self.decoder.stage(2, self.decoder.stage(3, features[-1], None), None)]
+
+
+def swin():
+    encoder = SwinUNETR(1, 12, merging="fixed")
+    network = Network(encoder, SwinUNETRDecoder(encoder.channels, encoder.strides, 2), 1)
+    return reference.load_formula(network, list(reference.key_list("monai_swin_unetr_48")), half=False)
+
+
+NETWORKS = {  # of the reference, the sides of an image, the numbers that a program holds, tolerance of gradients
+    "unet": (lambda: small_reference("unet_f4_std_skips_ds"), (16, 32, 32), 2**15, 1e-3),
+    "resenc": (reference_network, (8, 16, 24), 2**15, 1e-3),
+    "mednext": (CoarseMedNeXt, (4, 6, 32), 2**13, 1e-3),
+    "swin": (swin, (32, 32, 64), 2**17, 5e-3),  # a few of 10^6 numbers lie so near 0 that rounding turns their slopes
 }
 
 
-@pytest.fixture
-def large_programs(monkeypatch):
-    """So that the interpreter runs few."""
-    if DEVICE.type == "cpu":
-        for name, size in {"PROGRAMS": 1, "TILE": 2**15}.items():
-            monkeypatch.setattr(f"amaes.models.ops.kernels.norm_act.{name}", size)
-
-
-@pytest.mark.usefixtures("composing_is_free", "large_programs")
+@pytest.mark.usefixtures("composing_is_free")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_the_reference_by_kernels_are_the_networks(name, monkeypatch):
-    build, sides = NETWORKS[name]
-    net, x = build().float().to(DEVICE), formula.image(1, 1, *sides).to(DEVICE)
-    outputs, gradients = [], []
-    for way in (takes_kernels, lambda x: False):
+    build, sides, numbers, tolerance = NETWORKS[name]
+    if DEVICE.type == "cpu":  # large programs, of which the interpreter runs few
+        for attribute, value in {"norm_act.PROGRAMS": 1, "norm_act.TILE": numbers, "depthwise.TILE": numbers}.items():
+            monkeypatch.setattr(f"amaes.models.ops.kernels.{attribute}", value)
+    net, x, outputs, gradients = build().to(DEVICE), formula.image(1, 1, *sides).to(DEVICE), [], []
+    for way, dtype in (
+        (takes_kernels, torch.float32),
+        (lambda x: False, torch.float32),
+        (lambda x: False, torch.double),
+    ):
         monkeypatch.setattr(dispatch, "use_triton", way)
         net.zero_grad()
-        y = net(x)
+        y = net.to(dtype)(x.to(dtype))
         outputs.append(y if isinstance(y, list) else [y])
         sum(output.square().mean() for output in outputs[-1]).backward()
-        gradients.append([p.grad for p in net.parameters()])
-    for ours, plain in zip(*outputs, strict=True):
-        assert (ours - plain).abs().max() <= 1e-5 * max(1, plain.abs().max())
-    floor = 1e-3 * max(plain.norm() for plain in gradients[1])
-    for ours, plain in zip(*gradients, strict=True):
-        assert (ours - plain).norm() <= 1e-3 * max(plain.norm(), floor)
+        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+    for ours, _, exact in zip(*outputs, strict=True):
+        assert (ours - exact).abs().max() <= 1e-5 * max(1, exact.abs().max())
+    floor = 1e-3 * max(exact.norm() for exact in gradients[-1])
+    for ours, plain, exact in zip(*gradients, strict=True):  # a norm over two voxels leaves two digits
+        assert (ours - exact).norm() <= tolerance * max(exact.norm(), floor) + 1.5 * (plain - exact).norm()
 
 
 class Layouts(TorchDispatchMode):
