@@ -88,7 +88,7 @@ def _amaes(
     *,
     crop: str = "window",
     mask_ratio: float = 0.6,
-    token_size: int = 4,
+    token_size: int = 8,
     loss_over: str = "all",
     target: str = "standardized",
     decoder: str = "light",

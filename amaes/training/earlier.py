@@ -1,4 +1,4 @@
-"""Options that earlier versions did not have: a run that began without one continues as it did then."""
+"""Options that earlier versions did not have, or had with another default: a run continues as it began."""
 
 from __future__ import annotations
 
@@ -14,16 +14,25 @@ EARLIER = {  # what training did before there was the option
     "val_cases": 0,
     **{"transfer": "encoder", "stem": "repeat", "allow_partial": False},  # of pretraining
 }
+OTHER_DEFAULTS = {"token_size": int}  # had another default: what a run has recorded goes before today's
 
 
 def options_of_earlier_runs(args: argparse.Namespace) -> dict:
-    """Those of EARLIER that the run in `args.out` does not know, where it would be continued; else none."""
+    """Of the run in `args.out`, where it would be continued: those of EARLIER that it does not know, and its own of
+    OTHER_DEFAULTS; else none."""
     if args.overwrite or args.resume == "never":
         return {}
     try:
         recorded = read_json(args.out / "config.json")["options"]
-        return {name: value for name, value in EARLIER.items() if name not in recorded}
-    except (OSError, ValueError, KeyError, TypeError):  # no run; what else is there, the run folder says
+        kept = {name: recorded[name] for name, kind in OTHER_DEFAULTS.items() if isinstance(recorded.get(name), kind)}
+        return {name: value for name, value in EARLIER.items() if name not in recorded} | kept
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # no run; what else is there, the run folder says
         return {}
 
 

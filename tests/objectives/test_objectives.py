@@ -230,9 +230,9 @@ def test_the_preset_of_the_paper_sets_the_objective_and_says_so(given, target, l
     assert bool(line) == bool(said)
 
 
-def test_a_run_from_before_the_target_could_be_chosen_continues_with_the_absolute_one(pretrain, two_stores, tmp_path):
+def test_a_run_of_an_earlier_version_continues_with_the_defaults_it_had(pretrain, two_stores, tmp_path):
     given = (*SMALL, "--data", two_stores[0], "--val-fraction", 0.3, "--out", tmp_path / "run")
-    pretrain(*given, "--target", "absolute")
+    pretrain(*given, "--target", "absolute", "--token-size", 4)
     losses = (tmp_path / "run" / "metrics.jsonl").read_text()
     file = tmp_path / "run" / "config.json"
     config = json.loads(file.read_text())
