@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from amaes.models import ops
 from amaes.models.ops import dispatch
@@ -208,6 +209,12 @@ def test_norm_act_asks_the_device_every_16_passes_and_at_once_where_weights_were
     network.load_state_dict(small, assign=True)  # other tensors
     assert NORM._is_invertible(norm) is False
     pickle.dumps(copy.deepcopy(network))
+
+
+def test_the_first_pass_of_a_norm_may_be_of_a_checkpointed_stage():
+    norm, x = nn.InstanceNorm3d(2, affine=True, device=DEVICE), randn(1, 2, 2, 1, 3).requires_grad_()
+    checkpoint(lambda x: ops.norm_act(x, norm), x, use_reentrant=False).square().sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize(("keep_input", "pool"), [(False, False), (True, True)])

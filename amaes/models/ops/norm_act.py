@@ -131,7 +131,7 @@ class _Answer:
             self.arriving.fill_(self.answer)
         elif ended and self.passes % self.every == 0:
             self.answer = bool(self.arriving)
-            self.arriving.copy_(_scales_are_large(norm.weight.detach(), norm.bias.detach()), non_blocking=True)
+            self.arriving.copy_(_scales_are_large(norm.weight, norm.bias), non_blocking=True)
         return self.answer
 
 
@@ -176,6 +176,7 @@ class _NormAct(torch.autograd.Function):
         return grad_x.view_as(y), grad_scale, grad_shift, None
 
 
+@torch.no_grad()  # activation checkpointing counts what autograd keeps
 def _scales_are_large(scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return (shift.abs() < MAX_SHIFT * scale.abs()).all()
 

@@ -140,9 +140,10 @@ def _agree(
 ) -> bool:
     results = []
     for function, place, own_dtype in ((kernel, device, dtype), (plain, torch.device("cpu"), torch.float32)):
-        with torch.enable_grad(), torch.autocast(place.type, enabled=False):
+        unseen = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # by activation checkpointing
+        with torch.enable_grad(), torch.autocast(place.type, enabled=False), unseen:
             inputs = [tensor.to(dtype).to(place, own_dtype).requires_grad_() for tensor in tensors]
             y = function(*inputs, *options)
             weights = torch.linspace(-1, 1, y.numel()).sin().view(y.shape).to(y)
-            results.append([part.float().cpu() for part in (y, *torch.autograd.grad(y, inputs, weights))])
+            results.append([part.float().cpu() for part in (y.detach(), *torch.autograd.grad(y, inputs, weights))])
     return all((a - b).abs().max() <= TOLERANCES[dtype] * b.abs().max() for a, b in zip(*results, strict=True))
