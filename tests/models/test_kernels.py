@@ -211,6 +211,22 @@ def test_norm_act_asks_the_device_every_16_passes_and_at_once_where_weights_were
     pickle.dumps(copy.deepcopy(network))
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_norm_act_sees_changes_without_a_backward_pass_and_hooks_once(learns):
+    norm = nn.InstanceNorm3d(2, affine=True, device=DEVICE)
+    for on in (not learns, learns, not learns, learns):
+        norm.requires_grad_(on)
+        assert NORM._is_invertible(norm)
+    for _ in range(33):
+        with torch.no_grad():
+            norm.weight.fill_(1e-9)
+            norm.bias.fill_(1)
+        answer = NORM._is_invertible(norm)
+    assert answer is False
+    assert len(norm._load_state_dict_post_hooks) == 1
+    assert len(norm.weight._post_accumulate_grad_hooks) == learns
+
+
 def test_the_first_pass_of_a_norm_may_be_of_a_checkpointed_stage():
     norm, x = nn.InstanceNorm3d(2, affine=True, device=DEVICE), randn(1, 2, 2, 1, 3).requires_grad_()
     checkpoint(lambda x: ops.norm_act(x, norm), x, use_reentrant=False).square().sum().backward()

@@ -98,8 +98,10 @@ def _is_invertible(norm: nn.Module) -> bool:
     if norm.weight is None:
         return True
     answer = _answers.get(norm)
-    if answer is None or answer.weight() is not norm.weight or answer.learns != norm.weight.requires_grad:
+    if answer is None:
         answer = _answers[norm] = _Answer(norm)
+    elif answer.weight() is not norm.weight or answer.learns != norm.weight.requires_grad:
+        answer.watch(norm.weight)
     return answer.of_this_pass(norm)
 
 
@@ -107,24 +109,34 @@ class _Answer:
     """Whether a norm can be inverted, asked anew every 16 backward passes; the answer is read 16 passes later.
 
     From one backward pass to the next it stays the same, also for a stage that activation checkpointing runs twice.
-    After `load_state_dict` the device is waited for.
+    A change of the weights in place counts as one: fused optimizers make none that is seen, and gradients that are not
+    kept in the weights have no such pass. After `load_state_dict` the device is waited for.
     """
 
     every = 16
 
     def __init__(self, norm: nn.Module) -> None:
-        self.weight, self.learns = ref(norm.weight), norm.weight.requires_grad
-        self.passes, self.ended, self.unknown = 0, False, True
-        self.arriving = torch.empty((), dtype=torch.bool, pin_memory=norm.weight.is_cuda)
         norm.register_load_state_dict_post_hook(_forget)
-        if norm.weight.is_leaf and self.learns:
-            norm.weight.register_post_accumulate_grad_hook(self._after_backward)
+        self.hook = None
+        self.watch(norm.weight)
+
+    def watch(self, weight: torch.Tensor) -> None:
+        """From now on; the tensor watched before is let go."""
+        if self.hook is not None:
+            self.hook.remove()
+        self.weight, self.learns, self.version = ref(weight), weight.requires_grad, _version(weight)
+        self.passes, self.ended, self.unknown = 0, False, True
+        self.arriving = torch.empty((), dtype=torch.bool, pin_memory=weight.is_cuda)
+        seen = weight.is_leaf and self.learns
+        self.hook = weight.register_post_accumulate_grad_hook(self._after_backward) if seen else None
 
     def _after_backward(self, weight: torch.Tensor) -> None:
         self.ended = True
 
     def of_this_pass(self, norm: nn.Module) -> bool:
-        ended, self.ended = self.ended, False
+        version = _version(norm.weight)
+        ended = self.ended or version != self.version
+        self.ended, self.version = False, version
         self.passes += ended
         if self.unknown:
             self.unknown, self.answer = False, bool(_scales_are_large(norm.weight, norm.bias))
@@ -133,6 +145,10 @@ class _Answer:
             self.answer = bool(self.arriving)
             self.arriving.copy_(_scales_are_large(norm.weight, norm.bias), non_blocking=True)
         return self.answer
+
+
+def _version(weight: torch.Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 def _forget(norm: nn.Module, _: object) -> None:
