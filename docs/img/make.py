@@ -47,8 +47,8 @@ NETWORK = "--arch unet_tiny --workers 0 --compile off --patch-size 48 --batch-si
 COMMANDS = (
     "phantom --out {work}/heads --subjects 40 --first 101 --fov 72",
     "preprocess --images {work}/heads/images --out {work}/heads-store",
-    f"pretrain --data {{work}}/heads-store {NETWORK} --crop patch --skips --token-size 4 --lr 2e-3 --steps {PRETRAIN_STEPS} "
-    "--val-fraction 0.1 --val-every 300 --out {work}/pretrain",
+    f"pretrain --data {{work}}/heads-store {NETWORK} --crop patch --skips --token-size 4 --lr 2e-3 "
+    f"--steps {PRETRAIN_STEPS} --val-fraction 0.1 --val-every 300 --out {{work}}/pretrain",
     "phantom --out {work}/lesions --subjects 30 --first 301 --sequences FLAIR --labels --fov 72",
     "preprocess --images {work}/lesions/images --labels {work}/lesions/labels --out {work}/lesions-store",
     f"finetune --data {{work}}/lesions-store {NETWORK} --fold 0 --train-cases 20 --out {{work}}/finetune "
