@@ -36,8 +36,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder for everything")
     add("--device", choices=DEVICES, default="auto", help="auto: CUDA where there is a GPU")
-    add("--pretrain-steps", type=positive_int, default=120, metavar="N", help="optimizer steps of pretraining")
-    add("--finetune-steps", type=positive_int, default=240, metavar="N", help="optimizer steps of each fine-tuning")
+    add("--pretrain-steps", type=positive_int, default=100, metavar="N", help="optimizer steps of pretraining")
+    add("--finetune-steps", type=positive_int, default=200, metavar="N", help="optimizer steps of each fine-tuning")
     add("--folds", type=folds, default=2, metavar="N", help="fine-tunings of each kind")
     add("--seed", type=seed, default=0, help="of heads, weights, order, crops and masks")
     return parser.parse_args(argv)
@@ -63,7 +63,7 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
         "preprocess-lesions": f"{command['preprocess']} --images {out}/scans/lesions/images "
         f"--labels {out}/scans/lesions/labels --out {out}/stores/lesions",
         "pretrain": f"{command['pretrain']} --data {out}/stores/unlabelled {network} --patch-size 32 "
-        f"--skips --batch-size 8 --lr 2e-3 --crop patch --val-fraction 0.2 --val-every 40 {pictures} "
+        f"--batch-size 8 --lr 2e-3 --crop patch --val-fraction 0.2 --val-every 40 {pictures} "
         f"--steps {args.pretrain_steps} --out {out}/pretrain",
         "finetune-scratch": f"{finetune} --weights scratch --out {out}/scratch",
         "finetune-pretrained": f"{finetune} --weights {out}/pretrain/checkpoints/step-{args.pretrain_steps}.pt "
