@@ -435,9 +435,7 @@ def main() -> int:
         raise ValueError("--device cuda: no CUDA device here; this script needs one GPU, or --quick --device cpu")
     run = Run(args)
     run.measure()
-    print()
-    if args.quick:
-        print("the sizes of --quick: no number or verdict means anything")
+    print("\nthe sizes of --quick: no number or verdict means anything" if args.quick else "")
     for line in run.result["budgets"]:
         value = "" if line["value"] is None else f"{line['value']:.4g}, "
         print(f"{line['verdict']:>7}  {line['budget']}: {value}{line['limit']}")

@@ -14,25 +14,20 @@ EARLIER = {  # what training did before there was the option
     "val_cases": 0,
     **{"transfer": "encoder", "stem": "repeat", "allow_partial": False},  # of pretraining
 }
-OTHER_DEFAULTS = {"token_size": int}  # had another default: what a run has recorded goes before today's
+EARLIER_DEFAULTS = {"token_size": 4}  # a run that has recorded it goes on with it, unless the command line has another
 
 
 def options_of_earlier_runs(args: argparse.Namespace) -> dict:
-    """Of the run in `args.out`, where it would be continued: those of EARLIER that it does not know, and its own of
-    OTHER_DEFAULTS; else none."""
+    """Those of EARLIER that the run in `args.out` does not know, and those of EARLIER_DEFAULTS that it has, where it
+    would be continued; else none.
+    """
     if args.overwrite or args.resume == "never":
         return {}
     try:
         recorded = read_json(args.out / "config.json")["options"]
-        kept = {name: recorded[name] for name, kind in OTHER_DEFAULTS.items() if isinstance(recorded.get(name), kind)}
+        kept = {name: was for name, was in EARLIER_DEFAULTS.items() if name in recorded and recorded[name] == was}
         return {name: value for name, value in EARLIER.items() if name not in recorded} | kept
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # no run; what else is there, the run folder says
+    except (OSError, ValueError, KeyError, TypeError):  # no run; what else is there, the run folder says
         return {}
 
 

@@ -93,18 +93,20 @@ def swin():
     return reference.load_formula(network, list(reference.key_list("monai_swin_unetr_48")), half=False)
 
 
-NETWORKS = {  # of the reference, the sides of an image, the numbers that a program holds, tolerance of gradients
-    "unet": (lambda: small_reference("unet_f4_std_skips_ds"), (16, 32, 32), 2**15, 1e-3),
-    "resenc": (reference_network, (8, 16, 24), 2**15, 1e-3),
-    "mednext": (CoarseMedNeXt, (4, 6, 32), 2**13, 1e-3),
-    "swin": (swin, (32, 32, 64), 2**17, 5e-3),  # a few of 10^6 numbers lie so near 0 that rounding turns their slopes
+# Of the reference: the sides of an image, the numbers that a program holds, and what gradients may be off: a share, and
+# how many times the error of the plain form (a norm over two voxels leaves two digits).
+NETWORKS = {
+    "unet": (lambda: small_reference("unet_f4_std_skips_ds"), (16, 32, 32), 2**15, 1e-3, 0),
+    "resenc": (reference_network, (8, 16, 24), 2**15, 1e-3, 0),
+    "mednext": (CoarseMedNeXt, (4, 6, 32), 2**13, 1e-3, 0),
+    "swin": (swin, (32, 32, 64), 2**17, 5e-3, 1.5),  # rounding turns slopes at 0
 }
 
 
 @pytest.mark.usefixtures("composing_is_free")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_the_reference_by_kernels_are_the_networks(name, monkeypatch):
-    build, sides, numbers, tolerance = NETWORKS[name]
+    build, sides, numbers, tolerance, times = NETWORKS[name]
     if DEVICE.type == "cpu":  # large programs, of which the interpreter runs few
         for attribute, value in {"norm_act.PROGRAMS": 1, "norm_act.TILE": numbers, "depthwise.TILE": numbers}.items():
             monkeypatch.setattr(f"amaes.models.ops.kernels.{attribute}", value)
@@ -123,8 +125,8 @@ def test_networks_of_the_reference_by_kernels_are_the_networks(name, monkeypatch
     for ours, _, exact in zip(*outputs, strict=True):
         assert (ours - exact).abs().max() <= 1e-5 * max(1, exact.abs().max())
     floor = 1e-3 * max(exact.norm() for exact in gradients[-1])
-    for ours, plain, exact in zip(*gradients, strict=True):  # a norm over two voxels leaves two digits
-        assert (ours - exact).norm() <= tolerance * max(exact.norm(), floor) + 1.5 * (plain - exact).norm()
+    for ours, plain, exact in zip(*gradients, strict=True):
+        assert (ours - exact).norm() <= tolerance * max(exact.norm(), floor) + times * (plain - exact).norm()
 
 
 class Layouts(TorchDispatchMode):

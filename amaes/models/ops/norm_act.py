@@ -94,7 +94,7 @@ def _triton(
 
 
 def _is_invertible(norm: nn.Module) -> bool:
-    """Whether the norm's input can be computed from its output. Only the first call waits for the device."""
+    """Whether the norm's input can be computed from its output. Waits for the device at first and after loading."""
     if norm.weight is None:
         return True
     answer = _answers.get(norm)
