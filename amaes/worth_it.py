@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import runpy
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -21,21 +22,31 @@ from pathlib import Path
 from statistics import median
 
 from amaes import cli
+from amaes.__main__ import COMMANDS, find_script
 from amaes.choices import DEVICES
 from amaes.demo import printed, report_failure, run_step, say, start_of
 from amaes.files import read_json, write_json, write_text
 from amaes.models.build import ARCHITECTURES
 
 STARTS = ("scratch", "pretrained")
+OWN = {  # options that this command gives to others, and what would change the cases or the networks of a pair
+    "preprocess": ("--images", "--labels", "--out"),
+    "pretrain": ("--data", "--out", "--arch", "--patch-size", "--steps", "--epochs"),
+    "finetune": (
+        *("--data", "--out", "--arch", "--patch-size", "--steps", "--weights", "--seed"),
+        *("--folds", "--fold", "--train-cases", "--splits", "--protocol"),
+    ),
+}
 SURE = 0.95  # of the intervals
 LEARNED = 0.8  # a training Dice that says how early a network learned
 MEANING = f"""\
 What it can claim. The interval is over pairs of networks, which had the same labelled cases and the same seed: where it
 leaves out 0, another draw of cases and seed is expected to come out the same way. Networks of one fold share their
-labelled cases, so that it is a little too narrow. The p value is of the two-sided Wilcoxon signed-rank test over the
-tested cases, each the mean of the networks that tested it: a small one says that these networks differ on such cases,
-not that networks trained again would, since all cases share them. Scans that were tested and that pretraining has seen,
-without labels, are listed in `leakage.json` of each pretrained run.
+labelled cases, so that it is too narrow, and all pretrained networks share one encoder: another pretraining may come
+out otherwise. A pair without a Dice, since no tested case has anything to find, is left out. The p value is of the
+two-sided Wilcoxon signed-rank test over the tested cases, each the mean of the networks that tested it: a small one
+says that these networks differ on such cases, not that networks trained again would, since all cases share them. Scans
+that were tested and that pretraining has seen, without labels, are listed in `leakage.json` of each pretrained run.
 
 Steps to a training Dice of {100 * LEARNED:.0f} %: median over networks, on the patches that are trained on. A start
 that gets there earlier and is not ahead in Dice had a head start and no better end."""
@@ -83,6 +94,13 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.patch_size = parser.three_sides(args.patch_size)
     args.cases = sorted(set(args.cases))
+    for name, own in OWN.items():
+        try:
+            words = shlex.split(getattr(args, name))
+        except ValueError as error:
+            parser.error(f"--{name} {getattr(args, name)}: {error}")
+        if given := [word for word in words if word.partition("=")[0] in own]:
+            parser.error(f"--{name} {getattr(args, name)}: {given[0]} is for this command to set; leave it out")
     return args
 
 
@@ -94,10 +112,10 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
     patch = " ".join(map(str, args.patch_size))
     network = f"--arch {args.arch} --patch-size {patch} --device {device}"
     lines = {
-        "preprocess-unlabelled": f"{command['preprocess']} --images {unlabelled} --out {out}/stores/unlabelled "
-        f"{args.preprocess}",
         "preprocess-labelled": f"{command['preprocess']} --images {images} --labels {labels} "
         f"--out {out}/stores/labelled {args.preprocess}",
+        "preprocess-unlabelled": f"{command['preprocess']} --images {unlabelled} --out {out}/stores/unlabelled "
+        f"{args.preprocess}",
         "pretrain": f"{command['pretrain']} --data {out}/stores/unlabelled {network} --steps {args.pretrain_steps} "
         f"--val-fraction 0.1 --crop patch --out {out}/pretrain {args.pretrain}",
     }
@@ -153,8 +171,10 @@ def read_comparison(args: argparse.Namespace, cases: int) -> Comparison:
         folds[start] = [_null_to_nan(read_json(network / "results.json")) for network in networks]
         steps[start] = [steps_until_learned(network / "metrics.jsonl") for network in networks]
     of_cases = compare_runs(*folds.values())["mean"]
-    dice = {start: [100 * fold["dice"] for fold in of_start] for start, of_start in folds.items()}
-    return Comparison(cases, dice["scratch"], dice["pretrained"], of_cases["n"], of_cases["p"], steps)
+    dice = ([100 * fold["dice"] for fold in of_start] for of_start in folds.values())
+    pairs = [pair for pair in zip(*dice, strict=True) if not math.isnan(sum(pair))]
+    scratch, pretrained = ([pair[i] for pair in pairs] for i in (0, 1))
+    return Comparison(cases, scratch, pretrained, of_cases["n"], of_cases["p"], steps)
 
 
 def steps_until_learned(metrics: Path) -> float:
@@ -174,10 +194,10 @@ def _null_to_nan(content: object) -> object:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its interval (Student's t) at the level SURE; NaN ends for fewer than two values."""
+    """Mean, and the ends of its interval (Student's t) at the level SURE; NaN where there are too few values."""
     from scipy.stats import t
 
-    count, mean = len(values), sum(values) / len(values)
+    count, mean = len(values), _mean(values)
     if count < 2:
         return mean, math.nan, math.nan
     sd = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
@@ -185,8 +205,10 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def _interval_text(low: float, high: float, digits: int) -> str:
-    return "one pair, no interval" if math.isnan(low) else f"{low:+.{digits}f} to {high:+.{digits}f}"
+def _interval_text(values: Sequence[float], digits: int) -> str:
+    _, low, high = mean_interval(values)
+    few = "one pair, no interval" if values else "no pair has a Dice"
+    return few if math.isnan(low) else f"{low:+.{digits}f} to {high:+.{digits}f}"
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
@@ -195,7 +217,7 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     for row in comparisons:
         mean, low, high = mean_interval(row.differences)
         where = "ahead" if low > 0 else "behind" if high < 0 else "open"
-        groups[where].append(f"{row.cases} ({mean:+.1f} points, {_interval_text(low, high, 1)})")
+        groups[where].append(f"{row.cases} ({mean:+.1f} points, {_interval_text(row.differences, 1)})")
     texts = {"ahead": "worth it with {}", "behind": "worse than scratch with {}", "open": "no difference shown with {}"}
     parts = [texts[where].format(", ".join(rows)) for where, rows in groups.items() if rows]
     return f"Pretraining here: {'; '.join(parts)} labelled cases"
@@ -205,10 +227,11 @@ def page(comparisons: Sequence[Comparison], commands: Sequence[str], picture: st
     """The page, Markdown: the verdict, a table, the picture, what it can claim, the commands."""
     rows = []
     for row in comparisons:
-        mean, low, high = mean_interval(row.differences)
-        wins = sum(difference > 0 for difference in row.differences)
+        differences = row.differences
+        wins = sum(difference > 0 for difference in differences)
         cells = [row.cases, *(f"{_mean(values):.2f} ± {_sd(values):.2f}" for values in (row.scratch, row.pretrained))]
-        cells += [f"{mean:+.2f} ({_interval_text(low, high, 2)})", f"{wins} of {len(row.differences)}", row.tested]
+        cells += [f"{_mean(differences):+.2f} ({_interval_text(differences, 2)})", f"{wins} of {len(differences)}"]
+        cells += [row.tested]
         medians = ", ".join(_steps_text(row.steps[start]) for start in STARTS)
         rows.append("| " + " | ".join(map(str, [*cells, f"{row.p:.2g}", medians])) + " |")
     head = "| labelled | scratch | pretrained | difference (95 % interval) | networks ahead | tested | p over cases |"
@@ -226,12 +249,14 @@ def page(comparisons: Sequence[Comparison], commands: Sequence[str], picture: st
 
 
 def _steps_text(steps: Sequence[float]) -> str:
-    middle = median(steps)
-    return "never" if math.isinf(middle) else f"{middle:.0f}"
+    middle, never = median(steps), sum(map(math.isinf, steps))
+    if math.isinf(middle):
+        return "never" if never == len(steps) else f"never in {never} of {len(steps)}"
+    return f"{middle:.0f}"
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan
 
 
 def _sd(values: Sequence[float]) -> float:
@@ -265,17 +290,23 @@ def main(argv: list[str] | None = None) -> int:
     """Run every step that is not done yet; returns the exit status of the first that fails, else 0."""
     args = parse_options(argv)
     todo, record = steps(args), args.out / "worth-it.json"
+    check_options(todo)
     done = read_json(record) if record.is_file() else {}  # {step: {"command", "seconds"}}
     done = {name: done[name] for name, words in todo.items() if name in done and done[name]["command"] == words}
     (args.out / "logs").mkdir(parents=True, exist_ok=True)
     for name, command in todo.items():
         if name in done:
             continue
-        if name == "pretrain":
+        if name in ("preprocess-unlabelled", "pretrain"):
             check_cases(args)
+        for later in resting_on(name, todo):
+            done.pop(later, None)
         say(f"{ahead(list(todo), {step: entry['seconds'] for step, entry in done.items()})}\n$ {printed(command)}")
         began, log = time.perf_counter(), args.out / "logs" / f"{name}.log"
-        if status := run_step(command, log, shown=False):
+        status = run_step(command, log, shown=False)
+        if status == cli.EXIT_REJECTED and name.startswith("preprocess"):
+            say(f"WARNING: some inputs were rejected, and are left out; {log} names them")
+        elif status:
             return report_failure(name, status, log)
         done[name] = {"command": command, "seconds": round(time.perf_counter() - began, 1)}
         write_json(record, done)
@@ -290,15 +321,37 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def check_options(todo: Mapping[str, list[str]]) -> None:
+    """Let the training scripts read their options: what is mistyped for the last of them ends this command now."""
+    for script in ("pretrain", "finetune"):
+        parse = runpy.run_path(str(find_script(COMMANDS[script].target)))["parse_options"]
+        for words in (words for name, words in todo.items() if name.split("-")[0] == script):
+            parse(words[words.index("--data") :])
+
+
+def resting_on(name: str, todo: Sequence[str]) -> list[str]:
+    """The later steps that what a step makes changes."""
+    kind, _, cases = name.partition("-")
+    if kind == "finetune":
+        return [f"evaluate-{cases.split('-')[0]}"]
+    return [] if kind == "evaluate" else list(todo)[list(todo).index(name) + 1 :]
+
+
 def check_cases(args: argparse.Namespace) -> None:
     """Refuse more labelled cases for training than there are, before pretraining.
 
     Raises:
         ValueError: names the number, and how many there are.
     """
-    labelled = sum(case["labelled"] for case in read_json(args.out / "stores" / "labelled" / "dataset.json")["cases"])
-    if args.cases[-1] >= labelled:
-        raise ValueError(f"`cases` {args.cases[-1]}: {labelled} cases are labelled, at least one must be left to test")
+    from amaes.data.splits import fold_splits  # imports torch
+    from amaes.data.store import Store
+
+    store = Store(args.out / "stores" / "labelled")
+    for cases in args.cases:
+        try:
+            fold_splits(store, args.folds, cases)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`train_cases`", "`cases`")) from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import train_finetune
 import train_pretrain
 from amaes import worth_it
 from amaes.worth_it import Comparison
+from tests.stores import make_store
 
 
 def options(out, *more):
@@ -40,6 +41,38 @@ def test_the_commands_are_understood_and_pairs_differ_in_weights_and_folder_alon
     first = next(command for name, command in found.items() if name.startswith("evaluate"))
     runs = evaluate.parse_options(first[first.index(f"{tmp_path}/3-cases-scratch-seed0") :]).runs
     assert [str(run) for run in runs] == [str(tuned[name]["out"]) for name in list(tuned)[:4]]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--finetune=--lr 1e-3 --seed=3", "--finetune --lr 1e-3 --seed=3: --seed=3 is for this command to set"),
+        ("--finetune=--folds 5", "--folds is for this command"),
+        ("--pretrain=--epochs 5", "--epochs is for this command"),
+        ("--preprocess=--out x", "--out is for this command"),
+        ("--pretrain='a", "--pretrain 'a: No closing quotation"),
+    ],
+)
+def test_options_that_the_comparison_rests_on_are_refused(tmp_path, capsys, given, said):
+    with pytest.raises(SystemExit, match="2"):
+        options(tmp_path, given)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("--pretrain=--lrr 1", "did you mean --lr?"), ("--finetune=--lr 0", "'0'")]
+)
+def test_mistyped_options_of_the_scripts_are_found_before_any_work(tmp_path, capsys, given, said):
+    with pytest.raises(SystemExit, match="2"):
+        worth_it.check_options(worth_it.steps(options(tmp_path, given)))
+    assert said in capsys.readouterr().err
+
+
+def test_what_rests_on_a_step_is_done_again():
+    todo = ["preprocess-labelled", "pretrain", "finetune-3-cases-scratch-seed0", "evaluate-3", "evaluate-30"]
+    assert worth_it.resting_on("pretrain", todo) == todo[2:]
+    assert worth_it.resting_on("finetune-3-cases-scratch-seed0", todo) == ["evaluate-3"]
+    assert worth_it.resting_on("evaluate-3", todo) == []
 
 
 def test_it_says_what_is_ahead():
@@ -83,6 +116,19 @@ def test_the_page_has_a_row_per_number_of_cases():
     assert "(worth-it.png)" not in worth_it.page(ROWS, [], None)
 
 
+def test_networks_without_a_dice_leave_their_pair_out(tmp_path):
+    row = {"1": {"dice": None}}
+    for start, of_folds in (("scratch", (0.5, None)), ("pretrained", (0.6, 0.7))):
+        for fold, dice in enumerate(of_folds):
+            folder = tmp_path / worth_it.name_of(3, start, 0) / f"fold{fold}"
+            folder.mkdir(parents=True)
+            content = {"fold": fold, "dice": dice, "cases": [{"id": "a", "classes": row}]}
+            (folder / "results.json").write_text(json.dumps(content))
+    found = worth_it.read_comparison(options(tmp_path, "--folds", 2, "--seeds", 1), 3)
+    assert (found.scratch, found.pretrained) == ([50.0], [60.0])
+    assert "no pair has a Dice" in worth_it.page([Comparison(3, [], [], 0, math.nan, found.steps)], [], None)
+
+
 RESULTS = """
 import json, pathlib, sys
 for folder, dice in zip(sys.argv[1::2], map(float, sys.argv[2::2])):
@@ -98,21 +144,22 @@ for folder, dice in zip(sys.argv[1::2], map(float, sys.argv[2::2])):
 def test_it_continues_after_a_failure_and_does_nothing_twice(monkeypatch, tmp_path, capsys):
     args = ["--unlabelled", "u", "--images", "i", "--labels", "l", "--out", str(tmp_path), "--cases", "2"]
     args += ["--folds", "1", "--seeds", "1"]
-    store = tmp_path / "stores" / "labelled"
-    store.mkdir(parents=True)
-    (store / "dataset.json").write_text(json.dumps({"cases": [{"labelled": True}] * 3}))
+    make_store(tmp_path / "stores" / "labelled", 3, labels=True)
     mark = f"open({str(tmp_path / 'marks')!r}, 'a').write"
     python = [sys.executable, "-c"]
     folders = [tmp_path / worth_it.name_of(2, start, 0) for start in worth_it.STARTS]
     todo = {
+        "preprocess-labelled": [*python, "import sys; sys.exit(1)"],
         "pretrain": [*python, f"{mark}('p'); print('validation is 40 % below')"],
         "finetune-a": [*python, "import sys; sys.exit('no memory')"],
         "evaluate-2": [*python, RESULTS, str(folders[0]), "0.5", str(folders[1]), "0.6"],
     }
     monkeypatch.setattr(worth_it, "steps", lambda args: todo)
+    monkeypatch.setattr(worth_it, "check_options", lambda todo: None)
     monkeypatch.setattr(worth_it, "find_spec", lambda name: None)
     assert worth_it.main(args) == 1
     out, err = capsys.readouterr()
+    assert "WARNING: some inputs were rejected" in out
     assert "validation is 40 % below\n" in out
     assert "no memory" in out
     assert "finetune-a: status 1" in err
@@ -128,10 +175,9 @@ def test_it_continues_after_a_failure_and_does_nothing_twice(monkeypatch, tmp_pa
 
 
 def test_more_cases_than_are_labelled_are_refused_before_pretraining(tmp_path):
-    store = tmp_path / "stores" / "labelled"
-    store.mkdir(parents=True)
-    (store / "dataset.json").write_text(json.dumps({"cases": [{"labelled": True}] * 9 + [{"labelled": False}]}))
-    with pytest.raises(ValueError, match="`cases` 9: 9 cases are labelled, at least one must be left to test"):
+    make_store(tmp_path / "stores" / "labelled", 6, labels=True, subjects=2)
+    worth_it.check_cases(options(tmp_path, "--cases", 3))
+    with pytest.raises(ValueError, match="`cases` 9: .* has 6 labelled cases of 2 subjects; a fold needs"):
         worth_it.check_cases(options(tmp_path))
 
 
