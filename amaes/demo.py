@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -160,17 +161,20 @@ def printed(command: list[str]) -> str:
 def run_step(command: list[str], log: Path, shown: bool) -> int:
     """Run a command to its end; its output goes to `log`, or, `shown`, only its standard error. Returns the status.
 
-    Ctrl-C reaches the command as well; it is given the time to save its state.
+    Ctrl-C reaches the command as well, SIGTERM is passed on to it; it is given the time to save its state.
     """
     # Threads that wait for one another sleep: where other programs run too, spinning takes several times as long.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=None if shown else file, stderr=file, env=environment)
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             return process.wait()
         except KeyboardInterrupt:
             process.wait()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def report_failure(name: str, status: int, log: Path) -> int:

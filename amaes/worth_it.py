@@ -153,8 +153,11 @@ def ahead(todo: Sequence[str], seconds: Mapping[str, float]) -> str:
             hours += count * sum(known) / len(known) / 3600
         else:
             unknown.append(f"{count} x {kind}")
-    text = f"{len(todo) - len(left)} of {len(todo)} steps done, {timedelta(seconds=round(3600 * hours))} ahead"
-    return f"{text}, and what is not known yet: {', '.join(unknown)}" if unknown else text
+    text, shown = f"{len(todo) - len(left)} of {len(todo)} steps done", timedelta(seconds=round(3600 * hours))
+    if not unknown:
+        return f"{text}, {shown} ahead"
+    known = f"{shown} ahead, and " if hours else ""
+    return f"{text}, {known}not known yet how long: {', '.join(unknown)}"
 
 
 # What came out --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -210,3 +211,16 @@ def test_threads_sleep_unless_the_user_says_otherwise(monkeypatch, tmp_path, giv
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
     assert demo.run_step(python("import os; print(os.environ['OMP_WAIT_POLICY'])"), tmp_path / "log", False) == 0
     assert (tmp_path / "log").read_text() == f"{seen}\n"
+
+
+def test_sigterm_ends_the_step_that_runs(tmp_path):
+    def ours(*_):
+        """In place of the handler that would end the tests."""
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        code = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(5)"
+        assert demo.run_step(python(code), tmp_path / "log", False) == -signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)

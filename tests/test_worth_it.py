@@ -78,9 +78,9 @@ def test_what_rests_on_a_step_is_done_again():
 def test_it_says_what_is_ahead():
     todo = ["preprocess-a", "pretrain", "finetune-1", "finetune-2", "finetune-3", "evaluate-1"]
     said = worth_it.ahead(todo, {"preprocess-a": 9.0})
-    assert (
-        said == "1 of 6 steps done, 0:00:00 ahead, and what is not known yet: 1 x pretrain, 3 x finetune, 1 x evaluate"
-    )
+    assert said == "1 of 6 steps done, not known yet how long: 1 x pretrain, 3 x finetune, 1 x evaluate"
+    said = worth_it.ahead(todo, {"pretrain": 9.0, "finetune-1": 60.0})
+    assert said == "2 of 6 steps done, 0:02:00 ahead, and not known yet how long: 1 x preprocess, 1 x evaluate"
     said = worth_it.ahead(todo, {"preprocess-a": 9.0, "pretrain": 9.0, "finetune-1": 7200.0, "evaluate-1": 1.0})
     assert said == "4 of 6 steps done, 4:00:00 ahead"
 

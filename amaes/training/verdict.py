@@ -82,9 +82,8 @@ def few_volumes(count: int) -> str:
     """A warning where validation has so few volumes that it says little; "" where it has enough, or none."""
     if not 0 < count < ENOUGH_VOLUMES:
         return ""
-    return (
-        f"{count} validation volumes are too few to tell, at least {ENOUGH_VOLUMES} are needed: a larger `val_fraction`"
-    )
+    volumes = "validation volume is" if count == 1 else "validation volumes are"
+    return f"{count} {volumes} too few to tell, at least {ENOUGH_VOLUMES} are needed: a larger `val_fraction`"
 
 
 def of_pretraining(metrics: Path, trivial: str, options: Mapping[str, object]) -> str:

@@ -75,6 +75,7 @@ def test_fine_tuning_says_whether_training_dice_rose(tmp_path, lines, begin, als
         (0.6, 0.5, 9, "WARNING: validation is NOT below", "try --target standardized, --crop patch, more --steps"),
         (-0.4, 0.8, 5, "validation is below the trivial prediction, -0.4 against 0.8", ""),
         (0.25, 0.5, 4, "validation is 50 % below", "; but 4 validation volumes are too few to tell, at least 5"),
+        (0.25, 0.5, 1, "validation is 50 % below", "; but 1 validation volume is too few to tell, at least 5"),
     ],
 )
 def test_pretraining_says_how_far_validation_fell(tmp_path, loss, baseline, volumes, begin, also):
