@@ -226,8 +226,8 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     return f"Pretraining here: {'; '.join(parts)} labelled cases"
 
 
-def page(comparisons: Sequence[Comparison], commands: Sequence[str], picture: str | None) -> str:
-    """The page, Markdown: the verdict, a table, the picture, what it can claim, the commands."""
+def page(comparisons: Sequence[Comparison], commands: Sequence[str], picture: str | None, pretraining: str) -> str:
+    """The page, Markdown: the verdict, that of pretraining, a table, the picture, what it can claim, the commands."""
     rows = []
     for row in comparisons:
         differences = row.differences
@@ -242,6 +242,7 @@ def page(comparisons: Sequence[Comparison], commands: Sequence[str], picture: st
     parts = [
         "# Is pretraining worth it here?",
         f"**{verdict(comparisons)}.**",
+        f"The last line of pretraining: {pretraining}",
         "Dice in percent, mean ± sd over networks (folds and seeds), and the mean of the paired differences.",
         "\n".join([head, "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", *rows]),
         *([f"![Dice against labelled cases]({picture})"] if picture else []),
@@ -314,14 +315,21 @@ def main(argv: list[str] | None = None) -> int:
         done[name] = {"command": command, "seconds": round(time.perf_counter() - began, 1)}
         write_json(record, done)
         if name == "pretrain":
-            say(log.read_text(errors="replace").rstrip().rpartition("\n")[2])
+            say(last_line(log))
     comparisons = [read_comparison(args, cases) for cases in args.cases]
     picture = "worth-it.png" if find_spec("matplotlib") else None
     if picture:
         draw_curve(args.out / picture, comparisons)
-    write_text(args.out / "worth-it.md", page(comparisons, [printed(command) for command in todo.values()], picture))
+    pretraining = last_line(args.out / "logs" / "pretrain.log")
+    text = page(comparisons, [printed(command) for command in todo.values()], picture, pretraining)
+    write_text(args.out / "worth-it.md", text)
     say(f"{args.out / 'worth-it.md'}: {verdict(comparisons)}")
     return 0
+
+
+def last_line(log: Path) -> str:
+    """Of the output of a step, such as the verdict of pretraining."""
+    return log.read_text(errors="replace").rstrip().rpartition("\n")[2]
 
 
 def check_options(todo: Mapping[str, list[str]]) -> None:

@@ -108,12 +108,13 @@ def test_the_verdict_names_where_it_helps_and_where_nothing_is_shown():
 
 
 def test_the_page_has_a_row_per_number_of_cases():
-    text = worth_it.page(ROWS, ["python x"], "worth-it.png")
+    text = worth_it.page(ROWS, ["python x"], "worth-it.png", "WARNING: nothing was learned")
     assert "| 3 | 71.00 ± 1.00 | 74.00 ± 0.95 | +3.00 (+2.75 to +3.25) | 3 of 3 | 20 | 0.001 | 20, 8 |" in text
     assert "| 9 | 81.00 ± 1.00 |" in text
+    assert "The last line of pretraining: WARNING: nothing was learned\n" in text
     assert "| 14 | 0.5 | never, never |" in text
     assert "(worth-it.png)" in text
-    assert "(worth-it.png)" not in worth_it.page(ROWS, [], None)
+    assert "(worth-it.png)" not in worth_it.page(ROWS, [], None, "")
 
 
 def test_networks_without_a_dice_leave_their_pair_out(tmp_path):
@@ -126,7 +127,7 @@ def test_networks_without_a_dice_leave_their_pair_out(tmp_path):
             (folder / "results.json").write_text(json.dumps(content))
     found = worth_it.read_comparison(options(tmp_path, "--folds", 2, "--seeds", 1), 3)
     assert (found.scratch, found.pretrained) == ([50.0], [60.0])
-    assert "no pair has a Dice" in worth_it.page([Comparison(3, [], [], 0, math.nan, found.steps)], [], None)
+    assert "no pair has a Dice" in worth_it.page([Comparison(3, [], [], 0, math.nan, found.steps)], [], None, "")
 
 
 RESULTS = """
@@ -171,6 +172,7 @@ def test_it_continues_after_a_failure_and_does_nothing_twice(monkeypatch, tmp_pa
     assert capsys.readouterr().out.endswith(f"worth-it.md: {said}\n")
     text = (tmp_path / "worth-it.md").read_text()
     assert "| 2 | 50.00 ± nan | 60.00 ± nan | +10.00 (one pair, no interval) | 1 of 1 | 3 | 0.25 | 30, 20 |" in text
+    assert "The last line of pretraining: validation is 40 % below\n" in text
     assert shlex.join(["-c", f"{mark}('f')"]) in text
 
 
