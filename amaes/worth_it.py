@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_options(argv)
     todo, record = steps(args), args.out / "worth-it.json"
     check_options(todo)
-    done = read_json(record) if record.is_file() else {}  # {step: {"command", "seconds"}}
+    done = read_json(record) if record.is_file() else {}  # {step: {"command", "seconds", "said": its last line}}
     done = {name: done[name] for name, words in todo.items() if name in done and done[name]["command"] == words}
     (args.out / "logs").mkdir(parents=True, exist_ok=True)
     for name, command in todo.items():
@@ -312,15 +312,16 @@ def main(argv: list[str] | None = None) -> int:
             say(f"WARNING: some inputs were rejected, and are left out; {log} names them")
         elif status:
             return report_failure(name, status, log)
-        done[name] = {"command": command, "seconds": round(time.perf_counter() - began, 1)}
+        seconds = round(time.perf_counter() - began, 1)
+        done[name] = {"command": command, "seconds": seconds, "said": last_line(log)}
         write_json(record, done)
         if name == "pretrain":
-            say(last_line(log))
+            say(done[name]["said"])
     comparisons = [read_comparison(args, cases) for cases in args.cases]
     picture = "worth-it.png" if find_spec("matplotlib") else None
     if picture:
         draw_curve(args.out / picture, comparisons)
-    pretraining = last_line(args.out / "logs" / "pretrain.log")
+    pretraining = done["pretrain"].get("said", "not recorded")
     text = page(comparisons, [printed(command) for command in todo.values()], picture, pretraining)
     write_text(args.out / "worth-it.md", text)
     say(f"{args.out / 'worth-it.md'}: {verdict(comparisons)}")
