@@ -40,10 +40,11 @@ OWN = {  # options that this command gives to others, and what would change the 
 SURE = 0.95  # of the intervals
 LEARNED = 0.8  # a training Dice that says how early a network learned
 MEANING = f"""\
-What it can claim. The interval is over pairs of networks, which had the same labelled cases and the same seed: where it
-leaves out 0, another draw of cases and seed is expected to come out the same way. Networks of one fold share their
-labelled cases, so that it is too narrow, and all pretrained networks share one encoder: another pretraining may come
-out otherwise. A pair without a Dice, since no tested case has anything to find, is left out. The p value is of the
+What it can claim. A pair of networks had the same labelled cases and the same seed. Networks of one fold share their
+labelled cases, those of one seed their first weights, so that pairs are not independent: the interval is the widest of
+three, over pairs, over the means of folds and over the means of seeds. Where it leaves out 0, another draw of cases and
+seed is expected to come out the same way. All pretrained networks share one encoder: another pretraining may come out
+otherwise. A pair without a Dice, since no tested case has anything to find, is left out. The p value is of the
 two-sided Wilcoxon signed-rank test over the tested cases, each the mean of the networks that tested it: a small one
 says that these networks differ on such cases, not that networks trained again would, since all cases share them. Scans
 that were tested and that pretraining has seen, without labels, are listed in `leakage.json` of each pretrained run.
@@ -56,10 +57,12 @@ that gets there earlier and is not ahead in Dice had a head start and no better 
 class Comparison:
     """Networks with one number of labelled cases: their Dice in percent, pair by pair, and p over the tested cases.
 
-    `steps` has per start and network the optimizer steps until the Dice of its own training patches was LEARNED.
+    `networks` has the fold and seed of each pair; `steps` per start and network the optimizer steps until the Dice of
+    its own training patches was LEARNED.
     """
 
     cases: int
+    networks: list[tuple[int, int]]
     scratch: list[float]
     pretrained: list[float]
     tested: int
@@ -69,6 +72,19 @@ class Comparison:
     @property
     def differences(self) -> list[float]:
         return [b - a for a, b in zip(self.scratch, self.pretrained, strict=True)]
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """Mean difference and the ends of its interval, the widest over pairs, means of folds and means of seeds."""
+        samples = [self.differences]
+        for shared in zip(*self.networks, strict=True):  # the folds, the seeds
+            groups: dict[int, list[float]] = {}
+            for group, difference in zip(shared, self.differences, strict=True):
+                groups.setdefault(group, []).append(difference)
+            samples += [[_mean(group) for group in groups.values()]] if len(groups) > 1 else []
+        halves = [(high - low) / 2 for _, low, high in map(mean_interval, samples)]
+        mean = _mean(self.differences)
+        return mean, mean - max(halves), mean + max(halves)
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -167,17 +183,17 @@ def read_comparison(args: argparse.Namespace, cases: int) -> Comparison:
     """The networks of one number of labelled cases, from what `evaluate` wrote."""
     from amaes.evaluation.scores import compare_runs  # takes a second to import
 
+    networks = [(fold, seed) for seed in range(args.seeds) for fold in range(args.folds)]
     folds, steps = {}, {}
     for start in STARTS:
-        runs = [args.out / name_of(cases, start, seed) for seed in range(args.seeds)]
-        networks = [run / f"fold{fold}" for run in runs for fold in range(args.folds)]
-        folds[start] = [_null_to_nan(read_json(network / "results.json")) for network in networks]
-        steps[start] = [steps_until_learned(network / "metrics.jsonl") for network in networks]
+        folders = [args.out / name_of(cases, start, seed) / f"fold{fold}" for fold, seed in networks]
+        folds[start] = [_null_to_nan(read_json(folder / "results.json")) for folder in folders]
+        steps[start] = [steps_until_learned(folder / "metrics.jsonl") for folder in folders]
     of_cases = compare_runs(*folds.values())["mean"]
     dice = ([100 * fold["dice"] for fold in of_start] for of_start in folds.values())
-    pairs = [pair for pair in zip(*dice, strict=True) if not math.isnan(sum(pair))]
-    scratch, pretrained = ([pair[i] for pair in pairs] for i in (0, 1))
-    return Comparison(cases, scratch, pretrained, of_cases["n"], of_cases["p"], steps)
+    pairs = [pair for pair in zip(networks, *dice, strict=True) if not math.isnan(sum(pair[1:]))]
+    networks, scratch, pretrained = ([pair[i] for pair in pairs] for i in range(3))
+    return Comparison(cases, networks, scratch, pretrained, of_cases["n"], of_cases["p"], steps)
 
 
 def steps_until_learned(metrics: Path) -> float:
@@ -208,9 +224,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def _interval_text(values: Sequence[float], digits: int) -> str:
-    _, low, high = mean_interval(values)
-    few = "one pair, no interval" if values else "no pair has a Dice"
+def _interval_text(row: Comparison, digits: int) -> str:
+    _, low, high = row.interval
+    few = "one pair, no interval" if row.differences else "no pair has a Dice"
     return few if math.isnan(low) else f"{low:+.{digits}f} to {high:+.{digits}f}"
 
 
@@ -218,9 +234,9 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     """One line: with how many labelled cases the pretrained encoder was ahead, by how much, and where not."""
     groups: dict[str, list[str]] = {"ahead": [], "behind": [], "open": []}
     for row in comparisons:
-        mean, low, high = mean_interval(row.differences)
+        mean, low, high = row.interval
         where = "ahead" if low > 0 else "behind" if high < 0 else "open"
-        groups[where].append(f"{row.cases} ({mean:+.1f} points, {_interval_text(row.differences, 1)})")
+        groups[where].append(f"{row.cases} ({mean:+.1f} points, {_interval_text(row, 1)})")
     texts = {"ahead": "worth it with {}", "behind": "worse than scratch with {}", "open": "no difference shown with {}"}
     parts = [texts[where].format(", ".join(rows)) for where, rows in groups.items() if rows]
     return f"Pretraining here: {'; '.join(parts)} labelled cases"
@@ -233,7 +249,7 @@ def page(comparisons: Sequence[Comparison], commands: Sequence[str], picture: st
         differences = row.differences
         wins = sum(difference > 0 for difference in differences)
         cells = [row.cases, *(f"{_mean(values):.2f} ± {_sd(values):.2f}" for values in (row.scratch, row.pretrained))]
-        cells += [f"{_mean(differences):+.2f} ({_interval_text(differences, 2)})", f"{wins} of {len(differences)}"]
+        cells += [f"{_mean(differences):+.2f} ({_interval_text(row, 2)})", f"{wins} of {len(differences)}"]
         cells += [row.tested]
         medians = ", ".join(_steps_text(row.steps[start]) for start in STARTS)
         rows.append("| " + " | ".join(map(str, [*cells, f"{row.p:.2g}", medians])) + " |")

@@ -85,15 +85,38 @@ def test_it_says_what_is_ahead():
     assert said == "4 of 6 steps done, 4:00:00 ahead"
 
 
-def test_the_interval_over_networks_by_hand():
-    mean, low, high = worth_it.mean_interval([1.0, 2.0, 3.0])
-    assert (mean, high - mean, mean - low) == pytest.approx((2.0, *[4.3027 / 3**0.5] * 2), rel=1e-4)
-    assert math.isnan(worth_it.mean_interval([1.0])[1])
+def comparison(cases, pretrained, scratch, networks=None, **more):
+    networks = networks or [(fold, 0) for fold in range(len(scratch))]
+    return Comparison(cases, networks, scratch, pretrained, **({"tested": 20, "p": 0.5, "steps": {}} | more))
+
+
+@pytest.mark.parametrize(
+    ("networks", "differences", "half"),
+    [
+        ([(0, 0), (1, 0), (2, 0)], [1.0, 2.0, 3.0], 4.3027 / 3**0.5),  # folds alone: over pairs
+        ([(0, 0), (0, 1), (0, 2)], [1.0, 2.0, 3.0], 4.3027 / 3**0.5),
+        ([(0, 0), (1, 0), (0, 1), (1, 1)], [1.0, 1.0, 3.0, 3.0], 12.706),  # what seeds have in common
+        ([(0, 0), (0, 1), (1, 0), (1, 1)], [1.0, 1.0, 3.0, 3.0], 12.706),
+        ([(0, 0), (1, 0), (0, 1), (1, 1)], [1.0, 3.0, 3.0, 1.0], 3.1824 * (4 / 3) ** 0.5 / 2),  # nothing in common
+    ],
+)
+def test_the_interval_by_hand(networks, differences, half):
+    row = comparison(3, differences, [0.0] * len(differences), networks)
+    mean, low, high = row.interval
+    assert (mean, high - mean, mean - low) == pytest.approx((2.0, half, half), rel=1e-4)
+
+
+def test_one_pair_has_no_interval():
+    assert math.isnan(comparison(3, [1.0], [2.0]).interval[1])
 
 
 ROWS = [
-    Comparison(3, [70.0, 71.0, 72.0], [73.0, 74.1, 74.9], 20, 0.001, {"scratch": [9, 30, 20], "pretrained": [9, 7, 8]}),
-    Comparison(9, [80.0, 81.0, 82.0], [81.0, 80.0, 83.0], 14, 0.5, dict.fromkeys(worth_it.STARTS, [math.inf] * 3)),
+    comparison(
+        *(3, [73.0, 74.1, 74.9], [70.0, 71.0, 72.0]), p=0.001, steps={"scratch": [9, 30, 20], "pretrained": [9, 7, 8]}
+    ),
+    comparison(
+        *(9, [81.0, 80.0, 83.0], [80.0, 81.0, 82.0]), tested=14, steps=dict.fromkeys(worth_it.STARTS, [math.inf] * 3)
+    ),
 ]
 
 
@@ -102,9 +125,7 @@ def test_the_verdict_names_where_it_helps_and_where_nothing_is_shown():
     assert said.startswith(
         "Pretraining here: worth it with 3 (+3.0 points, +2.8 to +3.2); no difference shown with 9 (+0.3"
     )
-    assert worth_it.verdict([Comparison(3, [9.0, 8.0], [1.0, 0.1], 5, 0.1, {})]).startswith(
-        "Pretraining here: worse than"
-    )
+    assert worth_it.verdict([comparison(3, [1.0, 0.1], [9.0, 8.0])]).startswith("Pretraining here: worse than")
 
 
 def test_the_page_has_a_row_per_number_of_cases():
@@ -126,8 +147,8 @@ def test_networks_without_a_dice_leave_their_pair_out(tmp_path):
             content = {"fold": fold, "dice": dice, "cases": [{"id": "a", "classes": row}]}
             (folder / "results.json").write_text(json.dumps(content))
     found = worth_it.read_comparison(options(tmp_path, "--folds", 2, "--seeds", 1), 3)
-    assert (found.scratch, found.pretrained) == ([50.0], [60.0])
-    assert "no pair has a Dice" in worth_it.page([Comparison(3, [], [], 0, math.nan, found.steps)], [], None, "")
+    assert (found.networks, found.scratch, found.pretrained) == ([(0, 0)], [50.0], [60.0])
+    assert "no pair has a Dice" in worth_it.page([comparison(3, [], [], steps=found.steps)], [], None, "")
 
 
 RESULTS = """
