@@ -44,6 +44,9 @@ COMMANDS = {
     "augment": Command("amaes.augment", "draw what the augmentation does to a scan"),
     "convert-weights": Command("amaes.weights", "turn an old file of weights into one without code"),
     "phantom": Command("amaes.phantom", "write synthetic heads as NIfTI files"),
+    "probe": Command(
+        "amaes.evaluation.probe", "compare pretrained encoders by what a linear classifier reads from them"
+    ),
     "worth-it": Command("amaes.worth_it", "find out whether pretraining helps on your data, overnight"),
     "demo": Command("amaes.demo", "run the whole chain on synthetic heads, in minutes"),
 }

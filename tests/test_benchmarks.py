@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from amaes.models import ops
-from tests.stores import make_store
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZES = {"channels": 4, "side": 3, "batch": 1}
@@ -269,45 +267,3 @@ def test_damaged_files_are_answered_one_by_one(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(fuzz.subprocess, "run", preprocess)
     _, _, faults = fuzz.preprocess(report.parent.parent, [], 20)
     assert [text.split(": ")[0] for text in faults] == ["tracebacks", "counted wrongly"]
-
-
-@pytest.mark.parametrize(("seen", "low", "high"), [("label", 0.99, 1), ("coarse", 0.3, 0.95), ("nothing", 0, 0.05)])
-def test_a_probe_reads_what_the_features_hold(monkeypatch, seen, low, high):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import probe
-
-    random = np.random.default_rng(0)
-    labels = {case: np.zeros((17, 22, 11), np.uint8) for case in ("a", "b", "c")}
-    for label in labels.values():
-        corner = random.integers(2, 6, 3)
-        label[tuple(slice(at, at + 5) for at in corner)] = 1
-        label[tuple(slice(at + 5, at + 8) for at in corner)] = 2
-    images = {case: label[None].astype(np.float32) for case, label in labels.items()}
-    store = SimpleNamespace(image=images.get, label=labels.get, num_classes=3)
-
-    class Encoder(torch.nn.Linear):  # has a parameter, which says where it is
-        strides = (1, 2)
-
-        def forward(self, image):
-            held = torch.cat([image == 1, image == 2], 1).float()
-            return [held * (seen == "label"), torch.nn.functional.avg_pool3d(held, 2) * (seen != "nothing")]
-
-    args = SimpleNamespace(seed=0, voxels=2000)
-    score = probe.probe(Encoder(1, 1), store, ["a", "b"], ["c"], args)
-    assert low <= score <= high
-    assert score == probe.probe(Encoder(1, 1), store, ["a", "b"], ["c"], args)
-
-
-def test_a_probe_compares_encoders_on_the_same_cases(monkeypatch, capsys, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import probe
-
-    store = make_store(tmp_path / "store", count=4, labels=True)
-    network = ["--arch", "unet_tiny", "--device", "cpu", "--train-cases", "2", "--test-cases", "1", "--folds", "1"]
-    command = ["probe.py", "--data", store, "--weights", "scratch", "scratch", "--json", tmp_path / "rows.json"]
-    monkeypatch.setattr(sys, "argv", [*map(str, command), *network])
-    assert probe.main() == 0
-    first, second = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert first == second
-    assert len(first["folds"]) == 1
-    assert len(capsys.readouterr().out.splitlines()) == 2

@@ -1,0 +1,95 @@
+"""The linear probe of an encoder: what it reads, what it leaves out, and the command."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from amaes.evaluation import probe
+from amaes.evaluation.linear_probe import draw_voxels, fit, linear_probe
+from tests.stores import make_store
+
+IGNORED = 9
+
+
+class Encoder(torch.nn.Linear):  # has a parameter, which says where it is
+    """Features that hold the label finely, coarsely or not at all."""
+
+    strides = (1, 2)
+
+    def __init__(self, seen):
+        super().__init__(1, 1)
+        self.seen = seen
+
+    def forward(self, image):
+        held = torch.cat([image == 1, image == 2], 1).float()
+        return [held * (self.seen == "label"), F.avg_pool3d(held, 2) * (self.seen != "nothing")]
+
+
+@pytest.fixture
+def store():
+    """Three cases of odd sides, whose image is the label, and a block that is left out, where both are noise."""
+    random = np.random.default_rng(0)
+    labels = {case: np.zeros((17, 22, 11), np.uint8) for case in ("a", "b", "c")}
+    images = {}
+    for case, label in labels.items():
+        corner = random.integers(2, 6, 3)
+        label[tuple(slice(at, at + 5) for at in corner)] = 1
+        label[tuple(slice(at + 5, at + 8) for at in corner)] = 2
+        images[case] = label[None].astype(np.float32)
+        images[case][0, 14:] = random.integers(0, 3, (3, 22, 11))
+        label[14:] = IGNORED
+    return SimpleNamespace(image=images.get, label=labels.get, num_classes=3, ignored=IGNORED)
+
+
+@pytest.mark.parametrize(("seen", "low", "high"), [("label", 0.99, 1), ("coarse", 0.3, 0.95), ("nothing", 0, 0.05)])
+def test_a_probe_reads_what_the_features_hold(store, seen, low, high):
+    encoder = Encoder(seen)
+    score = linear_probe(encoder, store, ["a", "b"], ["c"], voxels=2000)
+    assert low <= score <= high
+    assert score == linear_probe(encoder, store, ["a", "b"], ["c"], voxels=2000)
+
+
+def test_without_anything_to_find_there_is_no_score(store):
+    for case in ("a", "c"):
+        store.label(case)[...] = 0
+    assert np.isnan(linear_probe(Encoder("label"), store, ["a"], ["c"], voxels=100))
+
+
+@pytest.mark.parametrize(("count", "kinds"), [(10, [5, 5]), (40, [7, 33]), (100, [7, 54])])
+def test_voxels_stand_for_all_of_their_kind_and_none_that_is_ignored(count, kinds):
+    label = torch.zeros(70, dtype=torch.long)
+    label[::10], label[1::8] = 1, IGNORED  # 7 voxels of foreground, and 54 of background
+    drawn, shares = draw_voxels(label, count, IGNORED, torch.Generator().manual_seed(0))
+    assert len(drawn) == len(drawn.unique())
+    hit = label[drawn] > 0
+    assert not (label[drawn] == IGNORED).any()
+    assert [int(hit.sum()), int((~hit).sum())] == kinds
+    assert [float(shares[hit].sum()), float(shares[~hit].sum())] == pytest.approx([7, 54])
+
+
+def test_a_fit_counts_each_voxel_as_often_as_it_stands_for():
+    inputs = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    targets = (inputs[:, 0] + torch.linspace(-6, 6, 20).repeat(3) > 5).long()
+    weights, bias = fit(inputs, targets, torch.ones(60), 2)
+    again = fit(inputs, targets, torch.full((60,), 7.0), 2)
+    torch.testing.assert_close((weights, bias), again)
+    wanted = [
+        int((inputs @ w.T + b).argmax(1).sum())
+        for w, b in (fit(inputs, targets, 1 + targets * share, 2) for share in (-0.9, 0, 9))
+    ]
+    assert wanted == sorted(set(wanted))  # the more a class counts, the more often it is the answer
+
+
+def test_the_command_compares_encoders_on_the_same_cases(capsys, tmp_path):
+    store, file = make_store(tmp_path / "store", count=4, labels=True), tmp_path / "rows.json"
+    options = ["--arch", "unet_tiny", "--device", "cpu", "--train-cases", 2, "--test-cases", 1, "--folds", 1]
+    words = ["--data", store, "--weights", "scratch", "scratch", "--json", file, *options]
+    assert probe.main([*map(str, words)]) == 0
+    first, second = json.loads(file.read_text())["encoders"]
+    assert first == second
+    assert len(first["folds"]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
