@@ -14,6 +14,7 @@ from amaes.metrics import dice
 
 PENALTY = 1e-3  # times the sum of the squared weights, features standardized
 ITERATIONS = 40  # of L-BFGS
+CONSTANT = 1e-5  # spread of a feature beside its mean that is rounding alone
 AT_ONCE = 8  # channels that are brought to full resolution together, for the memory
 
 
@@ -33,7 +34,8 @@ def linear_probe(
         seed: of the drawing of voxels.
 
     Returns:
-        In [0, 1]: the mean over test cases and classes; NaN where no test case has anything to find.
+        In [0, 1]: the mean over test cases and classes, or regions where the store has them; NaN where no
+        test case has anything to find.
     """
     device = next(encoder.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +58,8 @@ def linear_probe(
         predicted = _classify(encoder, image, weights, bias).cpu().numpy()
         reference = label.cpu().numpy()
         seen = reference != store.ignored  # all, where nothing is ignored
-        scores += [dice((predicted == k) & seen, reference == k) for k in range(1, store.num_classes)]
+        for values in store.scored(store.num_classes).values():
+            scores.append(dice(np.isin(predicted, values) & seen, np.isin(reference, values)))
     return float(np.mean([score for score in scores if not np.isnan(score)] or np.nan))  # NaN: neither has the class
 
 
@@ -94,7 +97,8 @@ def fit(
     Returns:
         Weights (classes, C) and bias (classes,), for inputs that are not standardized.
     """
-    center, spread = inputs.mean(0), inputs.std(0) + 1e-6
+    center, spread = inputs.mean(0), inputs.std(0, correction=0)
+    spread = spread.masked_fill(spread <= CONSTANT * center.abs(), torch.inf)  # their weight is 0
     inputs, shares = (inputs - center) / spread, shares / shares.sum()
     solution = inputs.new_zeros((classes, inputs.shape[1] + 1)).requires_grad_()
     optimizer = torch.optim.LBFGS([solution], max_iter=ITERATIONS, line_search_fn="strong_wolfe")

@@ -42,7 +42,9 @@ def store():
         images[case] = label[None].astype(np.float32)
         images[case][0, 14:] = random.integers(0, 3, (3, 22, 11))
         label[14:] = IGNORED
-    return SimpleNamespace(image=images.get, label=labels.get, num_classes=3, ignored=IGNORED)
+    classes = {"1": (1,), "2": (2,)}
+    store = {"image": images.get, "label": labels.get, "num_classes": 3, "ignored": IGNORED}
+    return SimpleNamespace(**store, scored=lambda count: classes)
 
 
 @pytest.mark.parametrize(("seen", "low", "high"), [("label", 0.99, 1), ("coarse", 0.3, 0.95), ("nothing", 0, 0.05)])
@@ -51,6 +53,14 @@ def test_a_probe_reads_what_the_features_hold(store, seen, low, high):
     score = linear_probe(encoder, store, ["a", "b"], ["c"], voxels=2000)
     assert low <= score <= high
     assert score == linear_probe(encoder, store, ["a", "b"], ["c"], voxels=2000)
+
+
+def test_regions_are_scored_as_one(store):
+    store.scored = lambda count: {"whole": (1, 2)}
+    for case, label in (("a", 1), ("b", 1), ("c", 2)):  # "c" is found, under the other number
+        store.label(case)[store.image(case)[0] == 1] = label
+        store.label(case)[14:] = IGNORED
+    assert linear_probe(Encoder("label"), store, ["a", "b"], ["c"], voxels=2000) > 0.99
 
 
 def test_without_anything_to_find_there_is_no_score(store):
@@ -84,6 +94,16 @@ def test_a_fit_counts_each_voxel_as_often_as_it_stands_for():
     assert wanted == sorted(set(wanted))  # the more a class counts, the more often it is the answer
 
 
+@pytest.mark.parametrize("constant", [0.0, 0.1, 100.1])
+def test_a_feature_that_is_constant_in_training_is_not_read(constant):
+    inputs = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))
+    targets = (inputs[:, 0] > 1).long()
+    inputs = torch.cat([inputs, torch.full((5000, 1), constant)], 1)
+    weights, bias = fit(inputs, targets, torch.ones(5000), 2)
+    inputs[:, 2] += 0.05
+    assert ((inputs @ weights.T + bias).argmax(1) == targets).float().mean() > 0.97
+
+
 def test_the_command_compares_encoders_on_the_same_cases(capsys, tmp_path):
     store, file = make_store(tmp_path / "store", count=4, labels=True), tmp_path / "rows.json"
     options = ["--arch", "unet_tiny", "--device", "cpu", "--train-cases", 2, "--test-cases", 1, "--folds", 1]
@@ -93,3 +113,27 @@ def test_the_command_compares_encoders_on_the_same_cases(capsys, tmp_path):
     assert first == second
     assert len(first["folds"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_fold_without_anything_to_find_is_left_out_of_the_mean(monkeypatch, capsys, tmp_path):
+    scores = iter([0.5, float("nan"), 0.7])
+    monkeypatch.setattr("amaes.evaluation.linear_probe.linear_probe", lambda *args: next(scores))
+    store, file = make_store(tmp_path / "store", count=4, labels=True), tmp_path / "rows.json"
+    options = ["--arch", "unet_tiny", "--device", "cpu", "--train-cases", 1, "--folds", 3]
+    assert probe.main([*map(str, ["--data", store, "--weights", "scratch", "--json", file, *options])]) == 0
+    assert json.loads(file.read_text())["encoders"] == [
+        {"weights": "scratch", "folds": [50.0, None, 70.0], "mean": pytest.approx(60)}
+    ]
+    assert capsys.readouterr().out == " 60.0  (50.0 nan 70.0)  scratch\n"
+
+
+@pytest.mark.parametrize("wrong", ["json", "weights"])
+def test_what_is_wrong_is_found_before_any_encoder_is_probed(monkeypatch, tmp_path, wrong):
+    store = make_store(tmp_path / "store", count=4, labels=True)
+    torch.save({"state_dict": {"a": torch.zeros(3)}}, tmp_path / "other.pt")
+    monkeypatch.setattr("amaes.evaluation.linear_probe.linear_probe", lambda *args: pytest.fail("was probed"))
+    weights, file = {"json": ([], "other.pt/rows.json"), "weights": (["other.pt"], "rows.json")}[wrong]
+    options = ["--arch", "unet_tiny", "--device", "cpu", "--train-cases", 1, "--json", tmp_path / file]
+    words = ["--data", store, "--weights", "scratch", *(tmp_path / name for name in weights), *options]
+    with pytest.raises((ValueError, SystemExit)):
+        probe.main([*map(str, words)])
