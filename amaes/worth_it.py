@@ -43,11 +43,12 @@ MEANING = f"""\
 What it can claim. A pair of networks had the same labelled cases and the same seed. Networks of one fold share their
 labelled cases, those of one seed their first weights, so that pairs are not independent: the interval is the widest of
 three, over pairs, over the means of folds and over the means of seeds. Where it leaves out 0, another draw of cases and
-seed is expected to come out the same way. All pretrained networks share one encoder: another pretraining may come out
-otherwise. A pair without a Dice, since no tested case has anything to find, is left out. The p value is of the
-two-sided Wilcoxon signed-rank test over the tested cases, each the mean of the networks that tested it: a small one
-says that these networks differ on such cases, not that networks trained again would, since all cases share them. Scans
-that were tested and that pretraining has seen, without labels, are listed in `leakage.json` of each pretrained run.
+seed is expected to come out the same way; one fold alone, or one seed, does not tell how much another would change. All
+pretrained networks share one encoder: another pretraining may come out otherwise. A pair without a Dice, since no
+tested case has anything to find, is left out. The p value is of the two-sided Wilcoxon signed-rank test over the tested
+cases, each the mean of the networks that tested it: a small one says that these networks differ on such cases, not that
+networks trained again would, since all cases share them. Scans that were tested and that pretraining has seen, without
+labels, are listed in `leakage.json` of each pretrained run.
 
 Steps to a training Dice of {100 * LEARNED:.0f} %: median over networks, on the patches that are trained on. A start
 that gets there earlier and is not ahead in Dice had a head start and no better end."""
@@ -324,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{ahead(list(todo), {step: entry['seconds'] for step, entry in done.items()})}\n$ {printed(command)}")
         began, log = time.perf_counter(), args.out / "logs" / f"{name}.log"
         status = run_step(command, log, shown=False)
-        if status == cli.EXIT_REJECTED and name.startswith("preprocess"):
+        if status == cli.EXIT_REJECTED and name.startswith("preprocess") and not crashed(log):
             say(f"WARNING: some inputs were rejected, and are left out; {log} names them")
         elif status:
             return report_failure(name, status, log)
@@ -349,12 +350,24 @@ def last_line(log: Path) -> str:
     return log.read_text(errors="replace").rstrip().rpartition("\n")[2]
 
 
+def crashed(log: Path) -> bool:
+    """A step ended with an error of its own, of which Python makes the status that rejected inputs have."""
+    return "Traceback (most recent call last)" in log.read_text(errors="replace")
+
+
 def check_options(todo: Mapping[str, list[str]]) -> None:
-    """Let the training scripts read their options: what is mistyped for the last of them ends this command now."""
+    """Let the training scripts read their options: what is mistyped for the last of them ends this command now.
+
+    Raises:
+        ValueError: a patch size that the network or the mask cannot divide.
+    """
+    from amaes.training.checks import check_patch_size  # imports torch
+
     for script in ("pretrain", "finetune"):
         parse = runpy.run_path(str(find_script(COMMANDS[script].target)))["parse_options"]
         for words in (words for name, words in todo.items() if name.split("-")[0] == script):
-            parse(words[words.index("--data") :])
+            given = parse(words[words.index("--data") :])
+            check_patch_size(given.patch_size, given.arch, getattr(given, "token_size", None) or 1)
 
 
 def resting_on(name: str, todo: Sequence[str]) -> list[str]:

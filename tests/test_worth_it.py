@@ -68,6 +68,18 @@ def test_mistyped_options_of_the_scripts_are_found_before_any_work(tmp_path, cap
     assert said in capsys.readouterr().err
 
 
+def test_a_patch_that_the_network_cannot_divide_is_found_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="`patch_size` 100 100 100: 100 is not accepted"):
+        worth_it.check_options(worth_it.steps(options(tmp_path, "--patch-size", 100)))
+
+
+def test_a_preprocessing_that_crashed_is_not_done(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(worth_it, "steps", lambda args: {"preprocess-labelled": [sys.executable, "-c", "1 / 0"]})
+    monkeypatch.setattr(worth_it, "check_options", lambda todo: None)
+    assert worth_it.main(["--unlabelled", "u", "--images", "i", "--labels", "l", "--out", str(tmp_path)]) == 1
+    assert "preprocess-labelled: status 1" in capsys.readouterr().err
+
+
 def test_what_rests_on_a_step_is_done_again():
     todo = ["preprocess-labelled", "pretrain", "finetune-3-cases-scratch-seed0", "evaluate-3", "evaluate-30"]
     assert worth_it.resting_on("pretrain", todo) == todo[2:]
