@@ -168,7 +168,7 @@ import json, pathlib, sys
 for folder, dice in zip(sys.argv[1::2], map(float, sys.argv[2::2])):
     cases = [{"id": f"c{k}", "classes": {"1": {"dice": dice + k / 100}, "2": {"dice": None}}} for k in range(3)]
     path = pathlib.Path(folder) / "fold0" / "results.json"
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     steps = [{"step": 10, "dice": None}, {"step": 20, "dice": dice + 0.25}, {"step": 30, "dice": 0.9}]
     path.with_name("metrics.jsonl").write_text(chr(10).join(map(json.dumps, steps)))
     path.write_text(json.dumps({"fold": 0, "dice": dice, "cases": cases, "failed": []}))
@@ -207,6 +207,11 @@ def test_it_continues_after_a_failure_and_does_nothing_twice(monkeypatch, tmp_pa
     assert "| 2 | 50.00 ± nan | 60.00 ± nan | +10.00 (one pair, no interval) | 1 of 1 | 3 | 0.25 | 30, 20 |" in text
     assert "The last line of pretraining: validation is 40 % below\n" in text
     assert shlex.join(["-c", f"{mark}('f')"]) in text
+    todo["pretrain"] = [*python, f"{mark}('q')"]  # another encoder
+    with pytest.raises(ValueError, match="`cases` 3"):
+        worth_it.main([*args, "--cases", "3"])
+    assert worth_it.main(args) == 0
+    assert (tmp_path / "marks").read_text() == "pfqf"
 
 
 def test_more_cases_than_are_labelled_are_refused_before_pretraining(tmp_path):

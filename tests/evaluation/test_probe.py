@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from amaes.data.store import Store
 from amaes.evaluation import probe
 from amaes.evaluation.linear_probe import draw_voxels, fit, linear_probe
 from tests.stores import make_store
@@ -31,16 +32,16 @@ class Encoder(torch.nn.Linear):  # has a parameter, which says where it is
 
 @pytest.fixture
 def store():
-    """Three cases of odd sides, whose image is the label, and a block that is left out, where both are noise."""
+    """Three cases with an odd side, whose image is the label, and a block that is left out, where both are noise."""
     random = np.random.default_rng(0)
-    labels = {case: np.zeros((17, 22, 11), np.uint8) for case in ("a", "b", "c")}
+    labels = {case: np.zeros((17, 22, 14), np.uint8) for case in ("a", "b", "c")}
     images = {}
     for case, label in labels.items():
         corner = random.integers(2, 6, 3)
         label[tuple(slice(at, at + 5) for at in corner)] = 1
         label[tuple(slice(at + 5, at + 8) for at in corner)] = 2
         images[case] = label[None].astype(np.float32)
-        images[case][0, 14:] = random.integers(0, 3, (3, 22, 11))
+        images[case][0, 14:] = random.integers(0, 3, (3, 22, 14))
         label[14:] = IGNORED
     classes = {"1": (1,), "2": (2,)}
     store = {"image": images.get, "label": labels.get, "num_classes": 3, "ignored": IGNORED}
@@ -96,8 +97,8 @@ def test_a_fit_counts_each_voxel_as_often_as_it_stands_for():
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 100.1])
 def test_a_feature_that_is_constant_in_training_is_not_read(constant):
-    inputs = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))
-    targets = (inputs[:, 0] > 1).long()
+    inputs = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    targets = (inputs[:, 0] > 8).long()
     inputs = torch.cat([inputs, torch.full((5000, 1), constant)], 1)
     weights, bias = fit(inputs, targets, torch.ones(5000), 2)
     inputs[:, 2] += 0.05
@@ -112,6 +113,8 @@ def test_the_command_compares_encoders_on_the_same_cases(capsys, tmp_path):
     first, second = json.loads(file.read_text())["encoders"]
     assert first == second
     assert len(first["folds"]) == 1
+    drawn = [probe.load("unet_tiny", Store(store), "scratch", 0).state_dict() for _ in range(2)]
+    torch.testing.assert_close(*drawn, rtol=0, atol=0)
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
