@@ -2,10 +2,11 @@
 
     python -m amaes.demo --out runs/demo
 
-Runs the commands that a user would type, prints each of them, and ends with the table of `evaluate` and a line that
-says whether pretraining gained anything here: an encoder from pretraining beside one from scratch, on few labelled
-heads, everything else equal. Synthetic heads, a tiny network and a minute of pretraining show that the chain works, not
-what pretraining is worth on patients. With matplotlib it draws what was rebuilt and what was predicted.
+Runs the commands that a user would type, prints each of them, and ends with the table of `evaluate` and lines that say
+what the pretrained encoder knew before fine-tuning, and whether pretraining gained anything at the end: an encoder from
+pretraining beside one from scratch, on few labelled heads, everything else equal. Synthetic heads, a tiny network and a
+minute of pretraining show that the chain works, not what pretraining is worth on patients. With matplotlib it draws
+what was rebuilt and what was predicted.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
         f"{command['finetune']} --data {out}/stores/lesions {network} --patch-size 32 --batch-size 2 "
         f"--lr 1e-2 --steps {args.finetune_steps} --folds {args.folds} --train-cases {TRAIN_CASES} --augment spatial"
     )
+    pretrained = f"{out}/pretrain/checkpoints/step-{args.pretrain_steps}.pt"
     lines = {
         "draw-unlabelled": f"{command['phantom']} --out {out}/scans/unlabelled --subjects 12 --first 101 "
         f"--fov 56 --seed {seed}",
@@ -66,9 +68,10 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
         "pretrain": f"{command['pretrain']} --data {out}/stores/unlabelled {network} --patch-size 32 "
         f"--batch-size 8 --lr 2e-3 --crop patch --val-fraction 0.2 --val-every 40 {pictures} "
         f"--steps {args.pretrain_steps} --out {out}/pretrain",
+        "probe": f"{command['probe']} --data {out}/stores/lesions --arch unet_tiny --seed {seed} --device {device} "
+        f"--weights scratch {pretrained} --folds {args.folds} --train-cases {TRAIN_CASES} --json {out}/probe.json",
         "finetune-scratch": f"{finetune} --weights scratch --out {out}/scratch",
-        "finetune-pretrained": f"{finetune} --weights {out}/pretrain/checkpoints/step-{args.pretrain_steps}.pt "
-        f"--out {out}/pretrained",
+        "finetune-pretrained": f"{finetune} --weights {pretrained} --out {out}/pretrained",
         "evaluate": f"{command['evaluate']} {out}/scratch {out}/pretrained --device {device}",
     }
     return {name: shlex.split(line) for name, line in lines.items()}
@@ -77,6 +80,7 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
 def finished(args: argparse.Namespace) -> list[str]:
     """What has come out: the verdicts of pretraining and of the comparison, and the pictures, a line each."""
     lines = [(args.out / "logs" / "5-pretrain.log").read_text().rstrip().splitlines()[-1]]
+    lines.append(known([encoder["mean"] for encoder in json.loads((args.out / "probe.json").read_text())["encoders"]]))
     runs = {name: args.out / name for name in ("scratch", "pretrained")}
     dice = [json.loads((run / "summary.json").read_text())["dice"]["folds"] for run in runs.values()]
     lines.append(gain(*dice))
@@ -85,6 +89,12 @@ def finished(args: argparse.Namespace) -> list[str]:
         draw_predictions(path, args.out / "scans" / "lesions", {name: run / "fold0" for name, run in runs.items()})
         lines.append(f"pictures: {args.out}/pretrain/panels/step-{args.pretrain_steps}.png, {path}")
     return lines
+
+
+def known(dice: list[float | None]) -> str:
+    """One line: Dice, percent or None, of a linear classifier on the encoder at random and on the pretrained one."""
+    random, pretrained = ("no Dice" if value is None else f"{value:.1f} %" for value in dice)
+    return f"before fine-tuning, a linear classifier reads from an encoder at random {random}, pretrained {pretrained}"
 
 
 def gain(scratch: list[float | None], pretrained: list[float | None]) -> str:

@@ -155,6 +155,7 @@ def test_it_says_plainly_whether_pretraining_gained(scratch, pretrained, said):
 def test_the_end_has_the_verdict_and_draws_what_all_networks_tested(monkeypatch, tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "5-pretrain.log").write_text("step 1\nvalidation is 40 % below\n")
+    (tmp_path / "probe.json").write_text(json.dumps({"encoders": [{"mean": None}, {"mean": 17.04}]}))
     label = np.zeros((8, 10, 12), np.uint8)
     label[2:5, 3:6, 7], label[6:, 7:, 7] = 1, 2
     for name in ("case1", "case2"):
@@ -171,15 +172,16 @@ def test_the_end_has_the_verdict_and_draws_what_all_networks_tested(monkeypatch,
     drawn = []
     monkeypatch.setattr(pictures, "write_sheet", lambda path, heading, rows, zoom: drawn.extend(rows))
     monkeypatch.setattr(demo, "find_spec", lambda name: True)
-    verdict, gained, painted = demo.finished(demo.parse_options(["--out", str(tmp_path)]))
+    verdict, known, gained, painted = demo.finished(demo.parse_options(["--out", str(tmp_path)]))
     assert (verdict, gained[:7]) == ("validation is 40 % below", "NO gain")
+    assert known.endswith("reads from an encoder at random no Dice, pretrained 17.0 %")
     assert f"{tmp_path}/predictions.png" in painted
     (row,) = drawn
     assert row.title == "case2"
     assert [panel.caption for panel in row.panels] == ["scan", "reference", "scratch", "pretrained"]
     assert np.array_equal(row.panels[1].label, label[:, ::-1, 7].T)
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    assert len(demo.finished(demo.parse_options(["--out", str(tmp_path)]))) == 2
+    assert len(demo.finished(demo.parse_options(["--out", str(tmp_path)]))) == 3
 
 
 def test_without_the_scripts_it_says_what_is_missing(monkeypatch, tmp_path):
@@ -195,7 +197,7 @@ def test_once_installed_the_commands_are_those_of_amaes(monkeypatch, tmp_path):
     monkeypatch.setattr(main_module, "PACKAGE", tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     started = [command[:2] for command in commands().values()]
-    names = ["phantom", "phantom", "preprocess", "preprocess", "pretrain", "finetune", "finetune", "evaluate"]
+    names = ["phantom", "phantom", "preprocess", "preprocess", "pretrain", "probe", "finetune", "finetune", "evaluate"]
     assert started == [[str(tmp_path / "amaes"), name] for name in names]
     assert demo.printed(started[0]) == f"{tmp_path}/amaes phantom"
     monkeypatch.setattr(shutil, "which", lambda name: str(tmp_path / name))
