@@ -129,6 +129,12 @@ def run(main: Callable[..., int | None], *arguments: object) -> None:
     sys.exit(status)
 
 
+def say(text: str) -> None:
+    """Write a line to standard output at once, before a program that is started next writes to the same place."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def _end_with_error(line: str) -> NoReturn:
     """Print why the command cannot be done, and exit with status 2; of several ranks of torchrun, the first prints it.
 

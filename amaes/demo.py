@@ -26,7 +26,7 @@ from pathlib import Path
 
 from amaes.__main__ import COMMANDS, find_script, is_installed
 from amaes.choices import DEVICES
-from amaes.cli import Parser, folds, positive_int, run, seed
+from amaes.cli import Parser, folds, positive_int, run, say, seed
 
 TAIL = 20  # lines of a failed step that are shown
 TRAIN_CASES = 4  # labelled heads of a fold
@@ -78,7 +78,7 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def finished(args: argparse.Namespace) -> list[str]:
-    """What has come out: the verdicts of pretraining and of the comparison, and the pictures, a line each."""
+    """What has come out, a line each: pretraining, what the encoder knew, the comparison, the pictures."""
     lines = [(args.out / "logs" / "5-pretrain.log").read_text().rstrip().splitlines()[-1]]
     lines.append(known([encoder["mean"] for encoder in json.loads((args.out / "probe.json").read_text())["encoders"]]))
     runs = {name: args.out / name for name in ("scratch", "pretrained")}
@@ -192,12 +192,6 @@ def report_failure(name: str, status: int, log: Path) -> int:
     say("\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-TAIL:]))
     sys.stderr.write(f"{name}: status {status}; its output is in {log}\n")
     return status if status > 0 else 128 - status  # a signal, counted as shells do
-
-
-def say(text: str) -> None:
-    """Write a line to standard output at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()  # before a step writes to the same place
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,7 +24,8 @@ from statistics import median
 from amaes import cli
 from amaes.__main__ import COMMANDS, find_script
 from amaes.choices import DEVICES
-from amaes.demo import printed, report_failure, run_step, say, start_of
+from amaes.cli import say
+from amaes.demo import printed, report_failure, run_step, start_of
 from amaes.files import read_json, write_json, write_text
 from amaes.models.build import ARCHITECTURES
 

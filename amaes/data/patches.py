@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from amaes import rng
 from amaes.choices import CROPS
-from amaes.data.store import Case, Store
+from amaes.data.store import Case, Store, check_label
 
 
 class Patches(Dataset):
@@ -103,10 +103,7 @@ class Patches(Dataset):
         item = {"image": torch.from_numpy(image), "epoch": epoch, "case": index}
         if self.labels:
             label = read_window(self.store.label(case.id)[None], start, self.window, 0)
-            declared = self.store.declared(case.id)
-            if not declared[label].all():
-                known = " ".join(map(str, np.flatnonzero(declared)))
-                raise ValueError(f"label value {label[~declared[label]][0]}, its store declares {known}")
+            check_label(label, self.store.declared(case.id))
             item["label"] = torch.from_numpy(label[0])
         return item
 

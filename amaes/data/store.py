@@ -153,6 +153,21 @@ class Store:
         return self.path / "cases" / f"{id}{suffix}"
 
 
+def check_label(label: np.ndarray, declared: np.ndarray) -> None:
+    """Refuse values that a label may not hold.
+
+    Args:
+        label: of any shape, uint8.
+        declared: which values it may hold, (256,), bool (`Store.declared`).
+
+    Raises:
+        ValueError: names the first other value, and what is accepted.
+    """
+    if not declared[label].all():
+        known = " ".join(map(str, np.flatnonzero(declared)))
+        raise ValueError(f"label value {label[~declared[label]][0]}, its store declares {known}")
+
+
 def _state(path: Path) -> tuple[int, ...]:
     """What changes when a file is written anew."""
     state = path.stat()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amaes.data.store import Store
+from amaes.data.store import Store, check_label
 from amaes.metrics import dice
 
 PENALTY = 1e-3  # times the sum of the squared weights, features standardized
@@ -36,6 +36,9 @@ def linear_probe(
     Returns:
         In [0, 1]: the mean over test cases and classes, or regions where the store has them; NaN where no
         test case has anything to find.
+
+    Raises:
+        ValueError: a label holds a value that the store does not declare; names the case.
     """
     device = next(encoder.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -118,7 +121,12 @@ def fit(
 
 def _volume(store: Store, case: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Image (C, X, Y, Z) float32 and label (X, Y, Z) of a case."""
-    image, label = (torch.from_numpy(np.array(array)).to(device) for array in (store.image(case), store.label(case)))
+    arrays = [np.array(array) for array in (store.image(case), store.label(case))]
+    try:
+        check_label(arrays[1], store.declared(case))
+    except ValueError as error:
+        raise ValueError(f"{store.path}: {case}: {error}") from None
+    image, label = (torch.from_numpy(array).to(device) for array in arrays)
     return image.float(), label.long()
 
 

@@ -1,4 +1,4 @@
-"""Which encoder knows most before it is fine-tuned: Dice of a linear classifier on its features, in minutes on a GPU.
+"""Which encoder knows most before it is fine-tuned: Dice of a linear classifier on its features.
 
     python -m amaes.evaluation.probe --data STORE --arch unet_b --weights scratch RUN1 RUN2
 
@@ -9,7 +9,6 @@ with another seed changes are not told apart.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,11 +41,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print a line per encoder."""
     args = parse_options(argv)
@@ -59,17 +53,15 @@ def main(argv: list[str] | None = None) -> int:
 
     store, device = Store(args.data), pick_device(args.device)
     splits = fold_splits(store, args.folds, args.train_cases)
-    found = [find_weights(weights, store, say) for weights in args.weights]
+    found = [find_weights(weights, store, cli.say) for weights in args.weights]
     encoders = [load(args.arch, store, weights, args.seed) for weights in found]
     rows = []
-    if args.json:
-        write_json(args.json, {"unit": "Dice, percent", "encoders": rows})  # a file that cannot be written shows now
     for name, encoder in zip(args.weights, encoders, strict=True):
         cases = [(split["train"], split["test"][: args.test_cases]) for split in splits]
         folds = [100 * linear_probe(encoder.to(device), store, *of_fold, args.voxels, args.seed) for of_fold in cases]
         mean = mean_and_sd(folds)["mean"]  # without folds whose test cases have nothing to find
         rows.append({"weights": name, "folds": folds, "mean": mean})
-        say(f"{mean:5.1f}  ({' '.join(f'{fold:.1f}' for fold in folds)})  {name}")
+        cli.say(f"{mean:5.1f}  ({' '.join(f'{fold:.1f}' for fold in folds)})  {name}")
         if args.json:
             write_json(args.json, {"unit": "Dice, percent", "encoders": nan_to_null(rows)})
     return 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from amaes.data.store import Store
 from amaes.evaluation import probe
-from amaes.evaluation.linear_probe import draw_voxels, fit, linear_probe
+from amaes.evaluation.linear_probe import _full_size, draw_voxels, fit, linear_probe
 from tests.stores import make_store
 
 IGNORED = 9
@@ -44,8 +44,9 @@ def store():
         images[case][0, 14:] = random.integers(0, 3, (3, 22, 14))
         label[14:] = IGNORED
     classes = {"1": (1,), "2": (2,)}
-    store = {"image": images.get, "label": labels.get, "num_classes": 3, "ignored": IGNORED}
-    return SimpleNamespace(**store, scored=lambda count: classes)
+    store = {"image": images.get, "label": labels.get, "num_classes": 3, "ignored": IGNORED, "path": "store"}
+    declared = np.isin(np.arange(256), [0, 1, 2, IGNORED])
+    return SimpleNamespace(**store, scored=lambda count: classes, declared=lambda case: declared)
 
 
 @pytest.mark.parametrize(("seen", "low", "high"), [("label", 0.99, 1), ("coarse", 0.3, 0.95), ("nothing", 0, 0.05)])
@@ -54,6 +55,18 @@ def test_a_probe_reads_what_the_features_hold(store, seen, low, high):
     score = linear_probe(encoder, store, ["a", "b"], ["c"], voxels=2000)
     assert low <= score <= high
     assert score == linear_probe(encoder, store, ["a", "b"], ["c"], voxels=2000)
+
+
+def test_features_are_interpolated_between_the_centers_of_their_voxels():
+    larger = _full_size(torch.tensor([0.0, 4.0]).view(1, 2, 1, 1), 2, (3, 1, 1))
+    assert larger.tolist() == [[0, 1, 3]]
+
+
+@pytest.mark.parametrize("case", ["a", "c"])  # in training, in the test
+def test_a_label_that_the_store_does_not_declare_is_named(store, case):
+    store.label(case)[3, 4, 5] = 7
+    with pytest.raises(ValueError, match=f"^store: {case}: label value 7, its store declares 0 1 2 9$"):
+        linear_probe(Encoder("label"), store, ["a"], ["c"], voxels=100)
 
 
 def test_regions_are_scored_as_one(store):
